@@ -1,0 +1,130 @@
+//! Device memory: buffers in size classes that return to a pool when dropped. The queue is in order, so a
+//! buffer dropped on the host may be handed out again at once: whatever was recorded before runs before.
+
+use std::collections::HashMap;
+use std::rc::{Rc, Weak};
+
+use super::GpuInner;
+
+/// Bytes of pattern behind each buffer in guard mode.
+pub(super) const GUARD_BYTES: u64 = 256;
+/// The pattern itself.
+pub(super) const GUARD_WORD: u32 = 0xA5C3_96E1;
+
+/// A piece of device memory. Clones share it; the last one returns it to the pool.
+#[derive(Clone)]
+pub struct Buffer(pub(super) Rc<Allocation>);
+
+pub(super) struct Allocation {
+    pub raw: wgpu::Buffer,
+    /// Unique for the lifetime of the device; keys the bind-group cache.
+    pub id: u64,
+    /// Bytes that the owner asked for.
+    pub bytes: u64,
+    pub gpu: Weak<GpuInner>,
+}
+
+impl Buffer {
+    /// Bytes that were asked for; the allocation may be larger.
+    pub fn bytes(&self) -> u64 {
+        self.0.bytes
+    }
+
+    /// True when both are the same memory.
+    pub fn same(&self, other: &Buffer) -> bool {
+        self.0.id == other.0.id
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer#{}({} bytes)", self.0.id, self.0.bytes)
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        if let Some(gpu) = self.gpu.upgrade() {
+            gpu.pool.borrow_mut().put(self.raw.clone(), self.id);
+        }
+    }
+}
+
+/// Bytes held from the driver and how they are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// In live buffers.
+    pub live: u64,
+    /// The largest `live` since the start or the last [`super::Gpu::reset_peak`].
+    pub peak: u64,
+    /// Held from the driver: live, or waiting in the pool.
+    pub reserved: u64,
+}
+
+#[derive(Default)]
+pub(super) struct Pool {
+    free: HashMap<u64, Vec<(wgpu::Buffer, u64)>>,
+    next_id: u64,
+    pub memory: Memory,
+}
+
+impl Pool {
+    /// Eight classes an octave: at most an eighth of a buffer is waste, and a training step finds all its
+    /// buffers again in the next one.
+    pub fn class(bytes: u64) -> u64 {
+        let bytes = bytes.max(256);
+        let step = (1 << (63 - bytes.leading_zeros())) / 8;
+        bytes.next_multiple_of(step.max(256))
+    }
+
+    /// A pooled buffer of this class, if one is free.
+    pub fn take(&mut self, class: u64) -> Option<(wgpu::Buffer, u64)> {
+        let found = self.free.get_mut(&class)?.pop()?;
+        self.use_bytes(class);
+        Some(found)
+    }
+
+    /// Counts a buffer fresh from the driver and names it.
+    pub fn adopt(&mut self, class: u64) -> u64 {
+        self.memory.reserved += class;
+        self.use_bytes(class);
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn use_bytes(&mut self, class: u64) {
+        self.memory.live += class;
+        self.memory.peak = self.memory.peak.max(self.memory.live);
+    }
+
+    fn put(&mut self, raw: wgpu::Buffer, id: u64) {
+        let class = raw.size();
+        self.memory.live -= class;
+        self.free.entry(class).or_default().push((raw, id));
+    }
+
+    /// Gives every free buffer back to the driver; true if there were any.
+    pub fn trim(&mut self) -> bool {
+        let mut freed = 0;
+        for (class, buffers) in self.free.drain() {
+            freed += class * buffers.len() as u64;
+            buffers.into_iter().for_each(|(raw, _)| raw.destroy());
+        }
+        self.memory.reserved -= freed;
+        freed > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pool;
+
+    #[test]
+    fn classes_waste_little() {
+        for bytes in (1..100_000u64).step_by(37).chain([1 << 20, (1 << 30) + 1]) {
+            let class = Pool::class(bytes);
+            assert!(class >= bytes && class % 256 == 0);
+            assert!(class <= (bytes + bytes / 8).max(256) + 256, "{bytes} -> {class}");
+        }
+    }
+}

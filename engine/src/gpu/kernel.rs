@@ -1,0 +1,182 @@
+//! A kernel is a name and WGSL text; a variant of it adds the values of its constants and imports.
+//! Pipelines are compiled once per variant and kept. Bindings follow one rule, so nobody lists them:
+//! binding 0 is the uniform `Params`, then the inputs (`read`), then the outputs (`read_write`).
+
+use super::{Buffer, Gpu, source};
+
+/// WGSL with one entry point `main`, named after its file.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// File stem and pipeline label.
+    pub name: &'static str,
+    /// WGSL before expansion.
+    pub source: &'static str,
+}
+
+/// Declares a kernel from `shaders/<name>.wgsl`.
+macro_rules! kernel {
+    ($name:literal) => {
+        $crate::gpu::Kernel::new(
+            $name,
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../shaders/", $name, ".wgsl")),
+        )
+    };
+}
+pub(crate) use kernel;
+
+/// A kernel with chosen constants: `override NAME` through the pipeline, `const NAME … // host` in the text.
+#[derive(Clone, Copy, Debug)]
+pub struct Variant<'a> {
+    pub(super) kernel: Kernel,
+    pub(super) constants: &'a [(&'static str, u32)],
+    pub(super) imports: &'a [(&'static str, &'static str)],
+}
+
+impl Kernel {
+    /// A kernel from its name and WGSL text; ops outside this crate start here.
+    pub const fn new(name: &'static str, source: &'static str) -> Self {
+        Kernel { name, source }
+    }
+
+    /// This kernel with the given constants.
+    pub fn with<'a>(self, constants: &'a [(&'static str, u32)]) -> Variant<'a> {
+        Variant { kernel: self, constants, imports: &[] }
+    }
+
+    /// The expanded WGSL with default constants, as `tests/shaders.rs` validates it.
+    pub fn expand(self, imports: &[(&'static str, &'static str)]) -> String {
+        source::expand(self.name, self.source, imports, &[])
+    }
+}
+
+impl<'a> Variant<'a> {
+    /// Renames imports, as in `("weight", "weight_bf16")`.
+    pub fn import(self, imports: &'a [(&'static str, &'static str)]) -> Variant<'a> {
+        Variant { imports, ..self }
+    }
+
+    /// Records one dispatch; see [`Gpu::dispatch`].
+    pub fn dispatch(
+        self,
+        gpu: &Gpu,
+        params: &[u8],
+        reads: &[&Buffer],
+        writes: &[&Buffer],
+        grid: [u32; 3],
+    ) {
+        gpu.dispatch(self, params, reads, writes, grid);
+    }
+}
+
+/// What tells one compiled pipeline from another.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct PipelineKey {
+    name: &'static str,
+    source: usize,
+    constants: Vec<(&'static str, u32)>,
+    imports: Vec<(&'static str, &'static str)>,
+    layout: LayoutKey,
+}
+
+/// A bind-group layout is told by its counts alone.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) struct LayoutKey {
+    pub reads: usize,
+    pub writes: usize,
+}
+
+pub(super) struct Layout {
+    pub group: wgpu::BindGroupLayout,
+    pub pipeline: wgpu::PipelineLayout,
+}
+
+impl PipelineKey {
+    pub fn new(variant: Variant<'_>, layout: LayoutKey) -> Self {
+        PipelineKey {
+            name: variant.kernel.name,
+            source: variant.kernel.source.as_ptr() as usize,
+            constants: variant.constants.to_vec(),
+            imports: variant.imports.to_vec(),
+            layout,
+        }
+    }
+}
+
+impl Layout {
+    pub fn new(device: &wgpu::Device, key: LayoutKey, params_bytes: u64) -> Self {
+        let entry = |binding: usize, ty, dynamic, size| wgpu::BindGroupLayoutEntry {
+            binding: binding as u32,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty,
+                has_dynamic_offset: dynamic,
+                min_binding_size: size,
+            },
+            count: None,
+        };
+        let mut entries = vec![entry(
+            0,
+            wgpu::BufferBindingType::Uniform,
+            true,
+            wgpu::BufferSize::new(params_bytes),
+        )];
+        for i in 0..key.reads + key.writes {
+            let read_only = i < key.reads;
+            entries.push(entry(i + 1, wgpu::BufferBindingType::Storage { read_only }, false, None));
+        }
+        let group = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: None,
+            entries: &entries,
+        });
+        let pipeline = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: None,
+            bind_group_layouts: &[Some(&group)],
+            immediate_size: 0,
+        });
+        Layout { group, pipeline }
+    }
+}
+
+/// Compiles one variant. In unchecked mode the driver's robustness is all that stands between a wrong index
+/// and foreign memory, which is why every kernel also runs its hostile shapes in checked mode in the tests.
+pub(super) fn compile(
+    device: &wgpu::Device,
+    variant: Variant<'_>,
+    layout: &Layout,
+    checked: bool,
+) -> wgpu::ComputePipeline {
+    let Kernel { name, source } = variant.kernel;
+    let is_override = |constant: &str| {
+        source::expand(name, source, variant.imports, &[])
+            .contains(&format!("override {constant}:"))
+    };
+    let (overrides, consts): (Vec<_>, Vec<_>) =
+        variant.constants.iter().copied().partition(|(constant, _)| is_override(constant));
+    let text = source::expand(name, source, variant.imports, &consts);
+    let descriptor = wgpu::ShaderModuleDescriptor {
+        label: Some(name),
+        source: wgpu::ShaderSource::Wgsl(text.into()),
+    };
+    let module = if checked {
+        device.create_shader_module(descriptor)
+    } else {
+        // SAFETY: the kernels are ours, terminate, and are run in checked mode over hostile shapes by the
+        // tests; an op from outside the crate takes the same responsibility, stated at `Gpu::dispatch`.
+        unsafe {
+            device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+        }
+    };
+    let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
+    device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        label: Some(name),
+        layout: Some(&layout.pipeline),
+        module: &module,
+        entry_point: Some("main"),
+        compilation_options: wgpu::PipelineCompilationOptions {
+            constants: &constants,
+            // Kernels write workgroup memory before they read it; zeroing costs a serial loop on Metal and DX12.
+            zero_initialize_workgroup_memory: checked,
+        },
+        cache: None,
+    })
+}

@@ -1,0 +1,110 @@
+//! WGSL source expansion. One directive, `#import name` at column 0, pulls `shaders/shared/name.wgsl`
+//! in once; a host constant `const NAME: u32 = 64u; // host` may be given another value.
+//! There are no conditionals and no text macros: a kernel on disk stays valid WGSL but for its imports.
+
+/// The shared WGSL files that kernels import, by name.
+const SHARED: &[(&str, &str)] = &[
+    ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
+    ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
+    ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
+    ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
+    ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),
+    ("weight_f32", include_str!("../../../shaders/shared/weight_f32.wgsl")),
+];
+
+/// The names of the shared files, for the tests that look for orphans.
+pub fn shared_names() -> impl Iterator<Item = &'static str> {
+    SHARED.iter().map(|(name, _)| *name)
+}
+
+/// Expands `source`. `imports` renames an import (`weight` to `weight_bf16`: the way a kernel is made for
+/// another storage type); `consts` sets host constants. `enable` lines are hoisted to the top.
+///
+/// # Panics
+/// On an unknown import, and on a constant that the source does not declare as a host constant.
+pub fn expand(
+    name: &str,
+    source: &str,
+    imports: &[(&str, &str)],
+    consts: &[(&str, u32)],
+) -> String {
+    let mut enables = String::new();
+    let mut body = String::new();
+    let mut seen = Vec::new();
+    include(name, source, imports, &mut seen, &mut enables, &mut body);
+    for (constant, value) in consts {
+        let head = format!("const {constant}: u32 = ");
+        let start = body
+            .find(&head)
+            .unwrap_or_else(|| panic!("kernel {name} declares no host constant {constant}"));
+        let end = start + body[start..].find(';').expect("a declaration ends with a semicolon");
+        body.replace_range(start + head.len()..end, &format!("{value}u"));
+    }
+    enables + &body
+}
+
+fn include(
+    name: &str,
+    source: &str,
+    imports: &[(&str, &str)],
+    seen: &mut Vec<String>,
+    enables: &mut String,
+    body: &mut String,
+) {
+    for line in source.lines() {
+        if let Some(import) = line.strip_prefix("#import ") {
+            let import = import.trim();
+            let file =
+                imports.iter().find(|(from, _)| *from == import).map_or(import, |(_, to)| to);
+            if seen.iter().any(|s| s == file) {
+                continue;
+            }
+            seen.push(file.to_owned());
+            let (_, text) = SHARED
+                .iter()
+                .find(|(shared, _)| *shared == file)
+                .unwrap_or_else(|| panic!("kernel {name} imports unknown {file}"));
+            body.push_str(&format!("// --- shared/{file}\n"));
+            include(name, text, imports, seen, enables, body);
+            body.push_str(&format!("// --- {name}\n"));
+        } else if line.starts_with("enable ") {
+            if !enables.contains(line) {
+                enables.push_str(line);
+                enables.push('\n');
+            }
+        } else {
+            body.push_str(line);
+            body.push('\n');
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn imports_once_and_sets_constants() {
+        let text = expand(
+            "k",
+            "#import grid\n#import grid\nconst H: u32 = 64u; // host\nenable f16;\n",
+            &[],
+            &[("H", 128)],
+        );
+        assert!(text.starts_with("enable f16;\n"));
+        assert_eq!(text.matches("// --- shared/grid").count(), 1);
+        assert!(text.contains("const H: u32 = 128u; // host"));
+    }
+
+    #[test]
+    #[should_panic(expected = "imports unknown nothing")]
+    fn unknown_import() {
+        expand("k", "#import nothing\n", &[], &[]);
+    }
+
+    #[test]
+    #[should_panic(expected = "declares no host constant W")]
+    fn unknown_constant() {
+        expand("k", "const H: u32 = 1u;\n", &[], &[("W", 1)]);
+    }
+}

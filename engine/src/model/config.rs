@@ -1,0 +1,358 @@
+//! The shape of a Llama model: Hugging Face `config.json` in and out, checked before anything is
+//! sized by it. Not here: weights (`weights.rs`), GGUF metadata (`gguf/llama.rs`), rotary
+//! frequencies (`config/rope.rs`).
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+mod fields;
+mod rope;
+
+use super::weights::source::read_capped;
+use crate::{Error, Result};
+use fields::{Fields, shortest};
+pub use rope::RopeScaling;
+
+/// Largest `config.json` that is read, in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+/// Architectures whose network is plain Llama; the diffusion ones add sampling code only.
+const ARCHITECTURES: [&str; 3] =
+    ["LlamaForCausalLM", "StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"];
+
+/// Everything that fixes the network. Sizes are counts of elements; names are those of HF
+/// `config.json`.
+///
+/// Bounds that [`LlamaConfig::validate`] enforces: vocabulary ≤ 2^24, hidden ≤ 2^17, intermediate ≤
+/// 2^19, layers ≤ 1024, heads ≤ 4096, head_dim even and ≤ 256, positions ≤ 2^30. Inside them no
+/// product of sizes overflows `u64`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    /// Rows of the embedding, V. May exceed the tokenizer's ids (padding).
+    pub vocab_size: usize,
+    /// Width of the residual stream, D.
+    pub hidden_size: usize,
+    /// Width of the SwiGLU feed-forward layer, F.
+    pub intermediate_size: usize,
+    /// Transformer blocks, L.
+    pub num_hidden_layers: usize,
+    /// Query heads, N.
+    pub num_attention_heads: usize,
+    /// Key/value heads, G; divides N. Absent in `config.json` means N.
+    pub num_key_value_heads: usize,
+    /// Elements of one head, H. Absent in `config.json` means D / N.
+    pub head_dim: usize,
+    /// Added to the mean square inside RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f32,
+    /// How the rotary frequencies were stretched for long contexts, if they were.
+    pub rope_scaling: Option<RopeScaling>,
+    /// Whether the embedding doubles as LM head (then there is no `lm_head.weight`).
+    pub tie_word_embeddings: bool,
+    /// Context length in tokens the model was trained for.
+    pub max_position_embeddings: usize,
+    /// Token that begins a text. Absent means 1, as in transformers' `LlamaConfig`; `null` means
+    /// none.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a text. Absent means 2, as in transformers' `LlamaConfig`; `null` means
+    /// none.
+    pub eos_token_ids: Vec<u32>,
+    /// Token that stands for a masked position. Not an HF Llama key; other loaders ignore it.
+    pub mask_token_id: Option<u32>,
+    /// Token that fills batches. Negative values, which some files carry, mean none.
+    pub pad_token_id: Option<u32>,
+    /// Diffusion block length in tokens the model was trained with. Ours; other loaders ignore it.
+    pub block_length: Option<usize>,
+}
+
+impl LlamaConfig {
+    /// Reads and checks `dir/config.json` (at most 1 MiB).
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let bytes = read_capped(&path, MAX_CONFIG_BYTES)?;
+        let value: Value = serde_json::from_slice(&bytes).map_err(|e| {
+            Error::model(
+                &path,
+                format!("not valid JSON ({e}); expected a Hugging Face config.json"),
+            )
+        })?;
+        Self::from_json(&value, &path)
+    }
+
+    /// Takes the parsed `config.json`; `path` only names the file in errors. The result is
+    /// validated.
+    pub fn from_json(value: &Value, path: &Path) -> Result<Self> {
+        let Some(map) = value.as_object() else {
+            return Err(Error::model(
+                path,
+                "the top level is not an object; expected a Hugging Face config.json",
+            ));
+        };
+        let fields = Fields { map, path };
+        refuse_other_networks(&fields)?;
+        let hidden_size = fields.need_usize("hidden_size")?;
+        let num_attention_heads = fields.need_usize("num_attention_heads")?;
+        let head_dim = match fields.usize("head_dim")? {
+            Some(head_dim) => head_dim,
+            None if num_attention_heads > 0 && hidden_size.is_multiple_of(num_attention_heads) => {
+                hidden_size / num_attention_heads
+            }
+            None => {
+                return Err(fields.error(format!(
+                    "num_attention_heads {num_attention_heads} does not divide hidden_size \
+                     {hidden_size}; give head_dim"
+                )));
+            }
+        };
+        let (rope_theta, rope_scaling) = rope_fields(&fields)?;
+        let config = Self {
+            vocab_size: fields.need_usize("vocab_size")?,
+            hidden_size,
+            intermediate_size: fields.need_usize("intermediate_size")?,
+            num_hidden_layers: fields.need_usize("num_hidden_layers")?,
+            num_attention_heads,
+            num_key_value_heads: fields
+                .usize("num_key_value_heads")?
+                .unwrap_or(num_attention_heads),
+            head_dim,
+            rms_norm_eps: fields.f32("rms_norm_eps")?.unwrap_or(1e-6),
+            rope_theta,
+            rope_scaling,
+            tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
+            max_position_embeddings: fields.usize("max_position_embeddings")?.unwrap_or(2048),
+            bos_token_id: fields.ids("bos_token_id", &[1])?.first().copied(),
+            eos_token_ids: fields.ids("eos_token_id", &[2])?,
+            mask_token_id: fields.ids("mask_token_id", &[])?.first().copied(),
+            pad_token_id: fields.ids("pad_token_id", &[])?.first().copied(),
+            block_length: fields.usize("block_length")?,
+        };
+        config.validate(path)?;
+        Ok(config)
+    }
+
+    /// The `config.json` that transformers, and [`LlamaConfig::from_json`], read back to the same
+    /// values. `torch_dtype` is the type of the weights beside it: `float32`, `float16` or
+    /// `bfloat16`.
+    pub fn to_json(&self, torch_dtype: &str) -> Value {
+        let eos = match self.eos_token_ids.as_slice() {
+            [] => Value::Null,
+            [one] => json!(one),
+            many => json!(many),
+        };
+        let mut value = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "mlp_bias": false,
+            "model_type": "llama",
+            "num_attention_heads": self.num_attention_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_key_value_heads": self.num_key_value_heads,
+            "pad_token_id": self.pad_token_id,
+            "pretraining_tp": 1,
+            "rms_norm_eps": shortest(self.rms_norm_eps),
+            "rope_scaling": self.rope_scaling.as_ref().map(RopeScaling::to_json),
+            "rope_theta": shortest(self.rope_theta),
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": torch_dtype,
+            "use_cache": true,
+            "vocab_size": self.vocab_size,
+        });
+        if let Some(id) = self.mask_token_id {
+            value["mask_token_id"] = json!(id);
+        }
+        if let Some(length) = self.block_length {
+            value["block_length"] = json!(length);
+        }
+        value
+    }
+
+    /// Checks every field against the bounds above; `path` only names the file in errors.
+    pub fn validate(&self, path: &Path) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("hidden_size", self.hidden_size, 1 << 17),
+            ("intermediate_size", self.intermediate_size, 1 << 19),
+            ("num_hidden_layers", self.num_hidden_layers, 1 << 10),
+            ("num_attention_heads", self.num_attention_heads, 1 << 12),
+            ("num_key_value_heads", self.num_key_value_heads, 1 << 12),
+            ("head_dim", self.head_dim, 256),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 30),
+            ("block_length", self.block_length.unwrap_or(1), 1 << 20),
+        ];
+        for (name, size, most) in sizes {
+            if size == 0 || size > most {
+                return Err(Error::model(
+                    path,
+                    format!("{name} is {size}; supported are 1 to {most}"),
+                ));
+            }
+        }
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+            return Err(Error::model(
+                path,
+                format!(
+                    "num_key_value_heads {} does not divide num_attention_heads {}",
+                    self.num_key_value_heads, self.num_attention_heads
+                ),
+            ));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            let reason =
+                format!("head_dim {} is odd; rotary embedding needs an even one", self.head_dim);
+            return Err(Error::model(path, reason));
+        }
+        self.validate_numbers(path)?;
+        self.validate_ids(path)
+    }
+
+    fn validate_numbers(&self, path: &Path) -> Result<()> {
+        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
+            let reason =
+                format!("rms_norm_eps is {}; it must lie between 0 and 1", self.rms_norm_eps);
+            return Err(Error::model(path, reason));
+        }
+        if !(self.rope_theta >= 1.0 && self.rope_theta <= 1e15) {
+            let reason =
+                format!("rope_theta is {}; it must be finite, from 1 to 1e15", self.rope_theta);
+            return Err(Error::model(path, reason));
+        }
+        match &self.rope_scaling {
+            Some(scaling) => scaling.validate(path),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_ids(&self, path: &Path) -> Result<()> {
+        let named = [
+            ("bos_token_id", self.bos_token_id),
+            ("mask_token_id", self.mask_token_id),
+            ("pad_token_id", self.pad_token_id),
+        ];
+        let ends = self.eos_token_ids.iter().map(|&id| ("eos_token_id", Some(id)));
+        for (name, id) in named.into_iter().chain(ends) {
+            if let Some(id) = id.filter(|&id| id as usize >= self.vocab_size) {
+                let reason = format!(
+                    "{name} {id} is not below vocab_size {}; give an id inside the vocabulary, or \
+                     null",
+                    self.vocab_size
+                );
+                return Err(Error::model(path, reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Rotary frequencies in radians per position, `[head_dim / 2]`, scaling included,
+    /// by the formulas of transformers' `modeling_rope_utils`.
+    pub fn inv_freq(&self) -> Vec<f32> {
+        rope::inv_freq(self.head_dim, self.rope_theta, self.rope_scaling.as_ref())
+    }
+
+    /// Every parameter's HF name and shape, in the order of the network: embedding, layers, norm,
+    /// head. Linear weights are `[out, in]`.
+    pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
+        let (d, f) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) =
+            (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let layer = [
+            ("input_layernorm", vec![d]),
+            ("self_attn.q_proj", vec![q, d]),
+            ("self_attn.k_proj", vec![kv, d]),
+            ("self_attn.v_proj", vec![kv, d]),
+            ("self_attn.o_proj", vec![d, q]),
+            ("post_attention_layernorm", vec![d]),
+            ("mlp.gate_proj", vec![f, d]),
+            ("mlp.up_proj", vec![f, d]),
+            ("mlp.down_proj", vec![d, f]),
+        ];
+        let mut parameters =
+            vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
+        for n in 0..self.num_hidden_layers {
+            for (name, shape) in &layer {
+                parameters.push((format!("model.layers.{n}.{name}.weight"), shape.clone()));
+            }
+        }
+        parameters.push(("model.norm.weight".to_owned(), vec![d]));
+        if !self.tie_word_embeddings {
+            parameters.push(("lm_head.weight".to_owned(), vec![self.vocab_size, d]));
+        }
+        parameters
+    }
+
+    /// Number of elements in all parameters.
+    pub fn num_parameters(&self) -> u64 {
+        let elements = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
+        self.parameters().iter().map(|(_, shape)| elements(shape)).sum()
+    }
+}
+
+/// Refuses whatever would load but compute something else than plain Llama.
+fn refuse_other_networks(fields: &Fields) -> Result<()> {
+    match fields.map.get("model_type").and_then(Value::as_str) {
+        Some("llama") => {}
+        Some(other) => {
+            return Err(
+                fields.error(format!("model_type `{other}` is not supported; expected `llama`"))
+            );
+        }
+        None => return Err(fields.error("model_type is missing; expected `llama`")),
+    }
+    for architecture in
+        fields.map.get("architectures").and_then(Value::as_array).into_iter().flatten()
+    {
+        if !ARCHITECTURES.iter().any(|known| architecture == known) {
+            let known = ARCHITECTURES.join(", ");
+            return Err(fields.error(format!(
+                "architecture {architecture} is not supported; expected one of {known}"
+            )));
+        }
+    }
+    for name in ["attention_bias", "mlp_bias"] {
+        if fields.bool(name)? == Some(true) {
+            return Err(fields
+                .error(format!("{name} is true; only Llama models without biases are supported")));
+        }
+    }
+    if let Some(act) = fields.map.get("hidden_act").filter(|act| *act != "silu") {
+        return Err(fields.error(format!("hidden_act {act} is not supported; expected \"silu\"")));
+    }
+    if fields.f32("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+        return Err(
+            fields.error("partial_rotary_factor is not 1; only fully rotated heads are supported")
+        );
+    }
+    if fields.map.get("quantization_config").is_some_and(|q| !q.is_null()) {
+        return Err(fields
+            .error("quantization_config is set; give the unquantised weights, or a GGUF file"));
+    }
+    Ok(())
+}
+
+/// `rope_theta` and `rope_scaling`, or `rope_parameters`, which holds both from transformers 5 on.
+fn rope_fields(fields: &Fields) -> Result<(f32, Option<RopeScaling>)> {
+    let old = fields.map.get("rope_scaling").filter(|v| !v.is_null());
+    let new = fields.map.get("rope_parameters").filter(|v| !v.is_null());
+    let scaling = match old.or(new) {
+        Some(value) => RopeScaling::from_json(value, fields.path)?,
+        None => None,
+    };
+    let theta = match (fields.f32("rope_theta")?, new.and_then(Value::as_object)) {
+        (Some(theta), _) => Some(theta),
+        (None, Some(map)) => Fields { map, path: fields.path }.f32("rope_theta")?,
+        (None, None) => None,
+    };
+    Ok((theta.unwrap_or(10_000.0), scaling))
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

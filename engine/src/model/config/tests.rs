@@ -1,0 +1,139 @@
+use super::*;
+
+pub(crate) fn tiny() -> LlamaConfig {
+    LlamaConfig {
+        vocab_size: 300,
+        hidden_size: 32,
+        intermediate_size: 64,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: None,
+        tie_word_embeddings: false,
+        max_position_embeddings: 64,
+        bos_token_id: Some(0),
+        eos_token_ids: vec![2, 7],
+        mask_token_id: Some(5),
+        pad_token_id: None,
+        block_length: Some(4),
+    }
+}
+
+fn llama3(factor: f32) -> RopeScaling {
+    RopeScaling::Llama3 {
+        factor,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192,
+    }
+}
+
+fn path() -> &'static Path {
+    Path::new("config.json")
+}
+
+#[test]
+fn json_round_trip_keeps_every_field() {
+    for rope_scaling in [None, Some(llama3(8.0)), Some(RopeScaling::Linear { factor: 2.5 })] {
+        let config = LlamaConfig { rope_scaling, ..tiny() };
+        let json = config.to_json("bfloat16");
+        assert_eq!(LlamaConfig::from_json(&json, path()).unwrap(), config);
+    }
+    assert_eq!(tiny().to_json("float32")["rms_norm_eps"], json!(1e-5));
+}
+
+#[test]
+fn absent_fields_default_as_in_transformers() {
+    let json = json!({
+        "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": -1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    });
+    let config = LlamaConfig::from_json(&json, path()).unwrap();
+    assert_eq!((config.num_key_value_heads, config.head_dim), (4, 16));
+    assert_eq!(
+        (config.bos_token_id, config.eos_token_ids.as_slice(), config.pad_token_id),
+        (Some(1), &[2][..], None)
+    );
+    assert_eq!((config.rope_theta, config.rms_norm_eps), (500_000.0, 1e-6));
+    assert_eq!((config.rope_scaling, config.tie_word_embeddings), (None, false));
+}
+
+#[test]
+fn what_cannot_run_is_refused_by_name() {
+    let refuse = |key: &str, value: Value| {
+        let mut json = tiny().to_json("float32");
+        json[key] = value;
+        let error = LlamaConfig::from_json(&json, path()).expect_err(key).to_string();
+        assert!(!error.contains('\n'), "{error}");
+        let named =
+            error.contains(key) || error.contains("architecture") || error.contains("rope_scaling");
+        assert!(named, "{key}: {error}");
+    };
+    refuse("model_type", json!("qwen2"));
+    refuse("architectures", json!(["MistralForCausalLM"]));
+    refuse("attention_bias", json!(true));
+    refuse("mlp_bias", json!(true));
+    refuse("hidden_act", json!("gelu"));
+    refuse("quantization_config", json!({"bits": 4}));
+    refuse("num_key_value_heads", json!(3));
+    refuse("head_dim", json!(7));
+    refuse("head_dim", json!(258));
+    for zero in [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ] {
+        refuse(zero, json!(0));
+        refuse(zero, json!(u64::MAX));
+        refuse(zero, json!(-1));
+        refuse(zero, json!("64"));
+    }
+    refuse("rms_norm_eps", json!(0.0));
+    refuse("rms_norm_eps", json!(1e300));
+    refuse("rope_theta", json!(1e300));
+    refuse("bos_token_id", json!(300));
+    refuse("eos_token_id", json!([2, 300]));
+    refuse("mask_token_id", json!(300));
+    refuse("block_length", json!(0));
+    refuse("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0}));
+    refuse("rope_scaling", json!({"rope_type": "linear", "factor": 0.0}));
+    refuse("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}));
+}
+
+#[test]
+fn parameters_of_stable_diffcoder_sum_to_its_published_size() {
+    let config = LlamaConfig {
+        vocab_size: 155_136,
+        hidden_size: 4096,
+        intermediate_size: 14_336,
+        num_hidden_layers: 32,
+        num_attention_heads: 32,
+        num_key_value_heads: 8,
+        head_dim: 128,
+        ..tiny()
+    };
+    assert_eq!(config.num_parameters(), 8_250_462_208);
+}
+
+#[test]
+fn llama3_frequencies_keep_short_waves_and_stretch_long_ones() {
+    let plain = LlamaConfig { head_dim: 128, rope_theta: 500_000.0, ..tiny() };
+    let scaled = LlamaConfig { rope_scaling: Some(llama3(8.0)), ..plain.clone() }.inv_freq();
+    let plain = plain.inv_freq();
+    assert_eq!((plain.len(), plain[0], scaled[0]), (64, 1.0, 1.0));
+    for (p, s) in plain.iter().zip(&scaled) {
+        let wavelength = std::f32::consts::TAU / p;
+        let factor = p / s;
+        match wavelength {
+            w if w < 2048.0 => assert_eq!(factor, 1.0),
+            w if w > 8192.0 => assert_eq!(factor, 8.0),
+            _ => assert!(factor > 1.0 && factor < 8.0),
+        }
+    }
+}

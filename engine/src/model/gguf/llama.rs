@@ -1,0 +1,224 @@
+//! What the GGUF of a Llama means: its configuration, and which HF parameter each tensor is.
+//! Not here: the container (`gguf.rs`).
+
+use super::Gguf;
+use crate::model::config::{LlamaConfig, RopeScaling};
+use crate::model::weights::quant::dequantise;
+use crate::{Error, Result};
+
+/// Factors per frequency that llama.cpp derives from Llama 3's `rope_scaling`, `[head_dim / 2]`.
+pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// Which HF row order a GGUF tensor needs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum RowOrder {
+    /// As stored.
+    Same,
+    /// llama.cpp stores the rows of each q and k head interleaved (0, H/2, 1, H/2+1, …), because it
+    /// rotates neighbours; HF rotates halves.
+    Interleaved {
+        /// Rows of one head, H.
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// The stored row that holds HF row `row`.
+    pub fn stored_row(self, row: usize) -> usize {
+        match self {
+            Self::Same => row,
+            Self::Interleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                let (half, j) = (within / (head_dim / 2), within % (head_dim / 2));
+                head * head_dim + 2 * j + half
+            }
+        }
+    }
+}
+
+/// HF name and row order of a GGUF tensor; `None` for a name no Llama has.
+pub(crate) fn hf_name(name: &str, config: &LlamaConfig) -> Option<(String, RowOrder)> {
+    let whole = match name {
+        "token_embd.weight" => Some("model.embed_tokens.weight"),
+        "output_norm.weight" => Some("model.norm.weight"),
+        "output.weight" => Some("lm_head.weight"),
+        _ => None,
+    };
+    if let Some(hf) = whole {
+        return Some((hf.to_owned(), RowOrder::Same));
+    }
+    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+    let interleaved = RowOrder::Interleaved { head_dim: config.head_dim };
+    let (part, order) = match part.strip_suffix(".weight")? {
+        "attn_norm" => ("input_layernorm", RowOrder::Same),
+        "attn_q" => ("self_attn.q_proj", interleaved),
+        "attn_k" => ("self_attn.k_proj", interleaved),
+        "attn_v" => ("self_attn.v_proj", RowOrder::Same),
+        "attn_output" => ("self_attn.o_proj", RowOrder::Same),
+        "ffn_norm" => ("post_attention_layernorm", RowOrder::Same),
+        "ffn_gate" => ("mlp.gate_proj", RowOrder::Same),
+        "ffn_up" => ("mlp.up_proj", RowOrder::Same),
+        "ffn_down" => ("mlp.down_proj", RowOrder::Same),
+        _ => return None,
+    };
+    Some((format!("model.layers.{layer}.{part}.weight"), order))
+}
+
+/// The configuration that `llama.*` and `tokenizer.ggml.*` describe, validated. `bytes` is the
+/// whole file.
+pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
+    let path = gguf.path;
+    match gguf.text("general.architecture")? {
+        Some("llama") => {}
+        other => {
+            let found = other.unwrap_or("missing");
+            return Err(Error::model(
+                path,
+                format!("general.architecture is {found:?}; only \"llama\" is supported"),
+            ));
+        }
+    }
+    if size(gguf, "llama.expert_count")?.is_some_and(|n| n > 0) {
+        return Err(Error::model(
+            path,
+            "llama.expert_count is set; mixtures of experts are not supported",
+        ));
+    }
+    let shape =
+        |name: &str| gguf.tensors().iter().find(|t| t.name == name).map(|t| t.shape.as_slice());
+    let Some(&[vocab_size, _]) = shape("token_embd.weight") else {
+        return Err(Error::model(
+            path,
+            "token_embd.weight is missing or not a matrix; is this a whole model?",
+        ));
+    };
+    let hidden_size = need(gguf, "llama.embedding_length")?;
+    let num_attention_heads = need(gguf, "llama.attention.head_count")?;
+    let head_dim = match size(gguf, "llama.attention.key_length")? {
+        Some(head_dim) => head_dim,
+        None => hidden_size.checked_div(num_attention_heads).unwrap_or(0),
+    };
+    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
+        if let Some(other) = size(gguf, key)?.filter(|&other| other != head_dim) {
+            return Err(Error::model(
+                path,
+                format!("{key} is {other}, not the head dimension {head_dim}"),
+            ));
+        }
+    }
+    let id = |key: &str| -> Result<Option<u32>> {
+        match gguf.u64(key)?.map(u32::try_from) {
+            // llama.cpp writes the largest u32 for "none".
+            None | Some(Ok(u32::MAX)) => Ok(None),
+            Some(Ok(id)) => Ok(Some(id)),
+            Some(Err(_)) => Err(Error::model(path, format!("metadata {key} is not a token id"))),
+        }
+    };
+    // Chat models end a turn with a token of its own.
+    let mut ends: Vec<u32> = id("tokenizer.ggml.eos_token_id")?.into_iter().collect();
+    ends.extend(id("tokenizer.ggml.eot_token_id")?.filter(|eot| !ends.contains(eot)));
+    let mut config = LlamaConfig {
+        vocab_size,
+        hidden_size,
+        intermediate_size: need(gguf, "llama.feed_forward_length")?,
+        num_hidden_layers: need(gguf, "llama.block_count")?,
+        num_attention_heads,
+        num_key_value_heads: size(gguf, "llama.attention.head_count_kv")?
+            .unwrap_or(num_attention_heads),
+        head_dim,
+        rms_norm_eps: gguf.f32("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+        rope_theta: gguf.f32("llama.rope.freq_base")?.unwrap_or(10_000.0),
+        rope_scaling: linear_scaling(gguf)?,
+        tie_word_embeddings: shape("output.weight").is_none(),
+        max_position_embeddings: need(gguf, "llama.context_length")?,
+        bos_token_id: id("tokenizer.ggml.bos_token_id")?,
+        eos_token_ids: ends,
+        mask_token_id: id("tokenizer.ggml.mask_token_id")?,
+        pad_token_id: id("tokenizer.ggml.padding_token_id")?,
+        block_length: None,
+    };
+    config.validate(path)?;
+    if let Some(scaling) = llama3_scaling(gguf, bytes, &config)? {
+        config.rope_scaling = Some(scaling);
+    }
+    Ok(config)
+}
+
+fn size(gguf: &Gguf, key: &str) -> Result<Option<usize>> {
+    match gguf.u64(key)? {
+        None => Ok(None),
+        Some(n) => match usize::try_from(n) {
+            Ok(n) => Ok(Some(n)),
+            Err(_) => {
+                Err(Error::model(gguf.path, format!("metadata {key} is {n}, which is absurd")))
+            }
+        },
+    }
+}
+
+fn need(gguf: &Gguf, key: &str) -> Result<usize> {
+    size(gguf, key)?.ok_or_else(|| {
+        Error::model(gguf.path, format!("metadata {key} is missing; is this a whole model?"))
+    })
+}
+
+/// `llama.rope.scaling.*`, and the older `llama.rope.scale_linear`.
+fn linear_scaling(gguf: &Gguf) -> Result<Option<RopeScaling>> {
+    let factor = match gguf.text("llama.rope.scaling.type")? {
+        Some("none") => None,
+        None => gguf.f32("llama.rope.scale_linear")?,
+        Some("linear") => gguf.f32("llama.rope.scaling.factor")?,
+        Some(other) => {
+            let reason = format!(
+                "llama.rope.scaling.type {other:?} is not supported; expected \"none\" or \
+                 \"linear\""
+            );
+            return Err(Error::model(gguf.path, reason));
+        }
+    };
+    Ok(factor
+        .filter(|&factor| factor != 1.0 && factor != 0.0)
+        .map(|factor| RopeScaling::Linear { factor }))
+}
+
+/// llama.cpp stores the divisors of Llama 3's frequencies, not the four numbers they came from. The
+/// published models used few settings; the one that gives these divisors is the one, and none is an
+/// error.
+fn llama3_scaling(gguf: &Gguf, bytes: &[u8], config: &LlamaConfig) -> Result<Option<RopeScaling>> {
+    let Some(tensor) = gguf.tensors().iter().find(|t| t.name == ROPE_FREQS) else {
+        return Ok(None);
+    };
+    let half = config.head_dim / 2;
+    if tensor.shape != [half] {
+        let reason = format!(
+            "{ROPE_FREQS} has shape {:?}; expected [{half}], one factor a frequency",
+            tensor.shape
+        );
+        return Err(Error::model(gguf.path, reason));
+    }
+    let mut stored = vec![];
+    dequantise(tensor.dtype, &bytes[tensor.start..tensor.start + tensor.length], &mut stored);
+    if stored.iter().all(|&factor| factor == 1.0) {
+        return Ok(None);
+    }
+    let plain = LlamaConfig { rope_scaling: None, ..config.clone() }.inv_freq();
+    for factor in [8.0, 32.0, 4.0, 16.0, 64.0, 2.0] {
+        let scaling = RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        let scaled =
+            LlamaConfig { rope_scaling: Some(scaling.clone()), ..config.clone() }.inv_freq();
+        let close = |((p, s), f): ((&f32, &f32), &f32)| (p / s / f - 1.0).abs() < 1e-3;
+        if config.rope_scaling.is_none() && plain.iter().zip(&scaled).zip(&stored).all(close) {
+            return Ok(Some(scaling));
+        }
+    }
+    let reason = format!(
+        "{ROPE_FREQS} holds factors of no known Llama 3 scaling; use the Hugging Face folder \
+         instead"
+    );
+    Err(Error::model(gguf.path, reason))
+}

@@ -1,0 +1,15 @@
+//! Llama-architecture models: configuration, weights in and out, tokenizer, forward pass.
+
+mod cache;
+pub mod config;
+pub mod gguf;
+mod llama;
+pub mod save;
+pub mod tokenizer;
+pub mod weights;
+
+pub use cache::KvCache;
+pub use config::{LlamaConfig, RopeScaling};
+pub use llama::{Inputs, Llama, Parameter, Precision};
+pub use tokenizer::Tokenizer;
+pub use weights::{StoredType, Weights};

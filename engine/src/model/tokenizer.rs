@@ -1,0 +1,336 @@
+//! Text to token ids and back, around the `tokenizers` crate: `tokenizer.json` of a Hugging Face
+//! folder, or the metadata of a GGUF file (`tokenizer/from_gguf.rs`). Not here: chat templates,
+//! which are only handed out.
+//!
+//! Supported are the two kinds that Llama models use: byte-level BPE, and SentencePiece BPE with
+//! byte fallback. In both every token stands for fixed bytes, so decoding is joining bytes, and a
+//! stream of tokens gives the same text as all of them at once.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::config::LlamaConfig;
+use super::gguf::Gguf;
+use super::weights::source::{Source, locate, map_file, read_capped};
+use crate::{Error, Result};
+
+mod bytes;
+mod check;
+mod from_gguf;
+mod settings;
+
+use bytes::Scheme;
+use settings::{add_ends, default_settings, ends_to_add, template_of};
+
+/// Largest `tokenizer.json` in bytes; Llama 3's has 17 MB. Parsing takes up to 40 times the file's
+/// size.
+const MAX_TOKENIZER_BYTES: u64 = 32 << 20;
+/// Largest `tokenizer_config.json` or `chat_template.jinja` in bytes.
+const MAX_SETTINGS_BYTES: u64 = 8 << 20;
+/// Names that models give to the token of a masked position; the first is Stable-DiffCoder's.
+const MASK_NAMES: [&str; 4] = ["<[MASK_TOKEN]>", "<mask>", "[MASK]", "<|mask|>"];
+
+/// A model's tokenizer. Immutable; `Send` and `Sync`.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// By id.
+    pieces: Vec<Option<Piece>>,
+    /// Whether encoding prepended a space to the text, which decoding takes away.
+    strip_space: bool,
+    mask_token_id: Option<u32>,
+    chat_template: Option<String>,
+    /// Contents of `tokenizer_config.json`.
+    settings: Value,
+}
+
+/// What one token stands for.
+struct Piece {
+    bytes: Box<[u8]>,
+    special: bool,
+}
+
+impl Tokenizer {
+    /// The tokenizer of the model at `path` (a folder or `.gguf` file, as for `Weights::open`).
+    /// Every id is below `config.vocab_size` afterwards; more embedding rows than tokens are
+    /// allowed.
+    pub fn for_model(path: &Path, config: &LlamaConfig) -> Result<Self> {
+        match locate(path)? {
+            Source::Folder(dir) => Self::from_folder(&dir, config),
+            Source::Gguf(file) => {
+                let map = map_file(&file)?;
+                Self::from_gguf(&file, &Gguf::parse(&file, &map)?, config)
+            }
+        }
+    }
+
+    /// The tokenizer in `dir/tokenizer.json`, with `tokenizer_config.json` and
+    /// `chat_template.jinja` where present.
+    pub fn from_folder(dir: &Path, config: &LlamaConfig) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let bytes = read_capped(&path, MAX_TOKENIZER_BYTES)?;
+        let wrong = |e: String| {
+            Error::model(&path, format!("not a tokenizer.json that can be used: {}", one_line(&e)))
+        };
+        let mut json: Value = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+        drop(bytes);
+        check::sanitise(&path, &mut json)?;
+        let mut inner: tokenizers::Tokenizer = serde::Deserialize::deserialize(&json)
+            .map_err(|e: serde_json::Error| wrong(e.to_string()))?;
+        check::check_ids(&path, &json, &inner)?;
+        drop(json);
+
+        let settings_path = dir.join("tokenizer_config.json");
+        let mut settings = match settings_path.exists() {
+            true => serde_json::from_slice(&read_capped(&settings_path, MAX_SETTINGS_BYTES)?)
+                .map_err(|e| Error::model(&settings_path, format!("not valid JSON ({e})")))?,
+            false => default_settings(&inner, config),
+        };
+        if !settings.is_object() {
+            return Err(Error::model(&settings_path, "the top level is not an object"));
+        }
+        let template_path = dir.join("chat_template.jinja");
+        if template_path.exists() {
+            let text = String::from_utf8(read_capped(&template_path, MAX_SETTINGS_BYTES)?)
+                .map_err(|_| Error::model(&template_path, "not UTF-8"))?;
+            settings["chat_template"] = Value::String(text);
+        }
+        if inner.get_post_processor().is_none() {
+            let (bos, eos) = ends_to_add(&settings, config, &inner);
+            add_ends(&path, &mut inner, bos, eos)?;
+        }
+        Self::assemble(&path, inner, settings, config)
+    }
+
+    /// The tokenizer that `tokenizer.*` of a GGUF describes; `path` names it in errors.
+    /// For `tokenizer.ggml.pre` "default", and where it is missing, GPT-2's splitting is taken.
+    pub fn from_gguf(path: &Path, gguf: &Gguf, config: &LlamaConfig) -> Result<Self> {
+        let mut inner = from_gguf::build(path, gguf)?;
+        let id = |key: &str| -> Result<Option<u32>> {
+            Ok(gguf.u64(key)?.and_then(|id| u32::try_from(id).ok()))
+        };
+        let sentencepiece = gguf.text("tokenizer.ggml.model")? == Some("llama");
+        let llama3 =
+            matches!(gguf.text("tokenizer.ggml.pre")?, Some("llama-bpe" | "llama3" | "llama-v3"));
+        let bos =
+            match gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(sentencepiece || llama3) {
+                true => id("tokenizer.ggml.bos_token_id")?.or(Some(1).filter(|_| sentencepiece)),
+                false => None,
+            };
+        let eos = match gguf.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false) {
+            true => id("tokenizer.ggml.eos_token_id")?,
+            false => None,
+        };
+        add_ends(path, &mut inner, bos, eos)?;
+        let mut settings = default_settings(&inner, config);
+        if let Some(template) = gguf.text("tokenizer.chat_template")? {
+            settings["chat_template"] = json!(template);
+        }
+        Self::assemble(path, inner, settings, config)
+    }
+
+    fn assemble(
+        path: &Path,
+        inner: tokenizers::Tokenizer,
+        settings: Value,
+        config: &LlamaConfig,
+    ) -> Result<Self> {
+        let scheme = Scheme::of(path, &inner)?;
+        let vocab = inner.get_vocab(true);
+        if let Some((token, id)) = vocab
+            .iter()
+            .max_by_key(|(_, id)| **id)
+            .filter(|(_, id)| **id as usize >= config.vocab_size)
+        {
+            let rows = config.vocab_size;
+            let reason = format!(
+                "tokenizer and embedding disagree: token {token:?} has id {id}, the embedding has \
+                 {rows} rows; \
+                 use the tokenizer the model was trained with"
+            );
+            return Err(Error::model(path, reason));
+        }
+        let added = inner.get_added_tokens_decoder();
+        let mut pieces = vec![];
+        for (token, id) in vocab {
+            let index = id as usize;
+            if index >= pieces.len() {
+                pieces.resize_with(index + 1, || None);
+            }
+            let piece = match added.get(&id) {
+                Some(token) => {
+                    Piece { bytes: scheme.added_bytes(&token.content), special: token.special }
+                }
+                None => Piece { bytes: scheme.bytes(&token), special: false },
+            };
+            if pieces[index].replace(piece).is_some() {
+                return Err(Error::model(
+                    path,
+                    format!("id {id} belongs to two tokens, one of them {token:?}"),
+                ));
+            }
+        }
+        let named_mask = MASK_NAMES.iter().find_map(|name| inner.token_to_id(name));
+        let chat_template = template_of(&settings);
+        Ok(Self {
+            pieces,
+            strip_space: scheme.strip_space,
+            mask_token_id: config.mask_token_id.or(named_mask),
+            chat_template,
+            settings,
+            inner,
+        })
+    }
+
+    /// Token ids of a text. Special tokens that the text spells out are recognised; `add_special`
+    /// also adds the begin and end tokens that the model was trained with, if any.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        match self.inner.encode_fast(text, add_special) {
+            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Err(e) => Err(Error::Request(format!(
+                "the text cannot be tokenised: {}",
+                one_line(&e.to_string())
+            ))),
+        }
+    }
+
+    /// The text of a whole sequence. Bytes that are not UTF-8 become U+FFFD; ids without a token
+    /// give nothing.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let mut stream = self.stream(skip_special);
+        let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
+        text.extend(stream.finish());
+        text
+    }
+
+    /// Decodes a sequence as it grows, giving the same text as [`Tokenizer::decode`].
+    pub fn stream(&self, skip_special: bool) -> TokenStream<'_> {
+        TokenStream { tokenizer: self, skip_special, pending: vec![], at_start: true }
+    }
+
+    /// The exact bytes a token stands for inside a text; `None` where no token has this id. (At the
+    /// start of a text SentencePiece's first token stands for one space more than the text has.)
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.piece(id).map(|piece| &*piece.bytes)
+    }
+
+    /// Whether the id is a special (control) token.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.piece(id).is_some_and(|piece| piece.special)
+    }
+
+    fn piece(&self, id: u32) -> Option<&Piece> {
+        self.pieces.get(id as usize)?.as_ref()
+    }
+
+    /// One more than the largest id.
+    pub fn vocab_size(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// The id of a token spelled as in `tokenizer.json`.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The spelling of a token in `tokenizer.json` (for byte-level BPE not its bytes).
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The token of a masked position: `config.mask_token_id`, or the token with a usual name for
+    /// it.
+    pub fn mask_token_id(&self) -> Option<u32> {
+        self.mask_token_id
+    }
+
+    /// The model's Jinja chat template, as written.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// The text of a `tokenizer.json`.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner
+            .to_string(true)
+            .map_err(|e| Error::io("tokenizer.json", one_line(&e.to_string())))
+    }
+
+    /// Name and contents of the files that make up the tokenizer in a Hugging Face folder.
+    pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let settings = format!("{:#}\n", self.settings).into_bytes();
+        let tokenizer = self.to_json()?.into_bytes();
+        Ok(vec![
+            ("tokenizer.json".to_owned(), tokenizer),
+            ("tokenizer_config.json".to_owned(), settings),
+        ])
+    }
+
+    /// Writes [`Tokenizer::files`] into `dir`, which must exist.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        super::save::save_files(dir, &self.files()?)
+    }
+}
+
+/// Incremental decoding; see [`Tokenizer::stream`].
+pub struct TokenStream<'a> {
+    tokenizer: &'a Tokenizer,
+    skip_special: bool,
+    /// The beginning of a character that is not complete yet; at most 3 bytes between calls.
+    pending: Vec<u8>,
+    at_start: bool,
+}
+
+impl TokenStream<'_> {
+    /// The text that this token completes, if any. Never ends inside a character.
+    pub fn push(&mut self, id: u32) -> Option<String> {
+        let piece =
+            self.tokenizer.piece(id).filter(|piece| !(self.skip_special && piece.special))?;
+        let mut bytes = &*piece.bytes;
+        if self.at_start && !bytes.is_empty() {
+            self.at_start = false;
+            if self.tokenizer.strip_space {
+                bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            }
+        }
+        self.pending.extend_from_slice(bytes);
+        let mut text = String::new();
+        let mut rest = &*self.pending;
+        loop {
+            match std::str::from_utf8(rest) {
+                Ok(valid) => {
+                    text.push_str(valid);
+                    rest = &[];
+                    break;
+                }
+                Err(e) => {
+                    let (valid, after) = rest.split_at(e.valid_up_to());
+                    text.push_str(&String::from_utf8_lossy(valid));
+                    rest = after;
+                    match e.error_len() {
+                        Some(wrong) => {
+                            text.push(char::REPLACEMENT_CHARACTER);
+                            rest = &rest[wrong..];
+                        }
+                        None => break,
+                    }
+                }
+            }
+        }
+        self.pending = rest.to_vec();
+        Some(text).filter(|text| !text.is_empty())
+    }
+
+    /// What is left when no token follows: U+FFFD if the text ends inside a character.
+    pub fn finish(self) -> Option<String> {
+        Some(String::from_utf8_lossy(&self.pending).into_owned()).filter(|text| !text.is_empty())
+    }
+}
+
+/// The crate's messages may span lines; ours do not.
+fn one_line(message: &str) -> String {
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests;

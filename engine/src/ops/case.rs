@@ -1,0 +1,157 @@
+//! What an op declares about itself once, and tests and benches loop over: inputs, the op, its f64
+//! reference, a tolerance with its reason, and what it costs.
+
+use crate::philox::Philox;
+use crate::tensor::host::Array;
+use crate::tensor::{Shape, Tensor};
+
+/// One configuration of one op.
+pub struct Case {
+    /// `op` or `op variant`, unique over all cases.
+    pub name: String,
+    /// Inputs in order.
+    pub inputs: Vec<Input>,
+    /// The op on the device.
+    pub run: Box<dyn Fn(&[Tensor]) -> Tensor>,
+    /// The same from the formula, in f64.
+    pub reference: Box<dyn Fn(&[Array]) -> Array>,
+    /// |got − want| ≤ absolute + relative · |want|, elementwise.
+    pub tolerance: Tolerance,
+    /// Work of one forward call; `None` keeps the case out of the benches.
+    pub cost: Option<Cost>,
+    /// The subgroup size this case needs; it is skipped, by name, on other devices.
+    pub subgroup: Option<u32>,
+}
+
+/// How an input is filled.
+#[derive(Clone)]
+pub enum Input {
+    /// Normal values with a few outliers (uniform inputs test nothing of a softmax); differentiable.
+    Normal(Shape),
+    /// Values of magnitude in [0.5, 2) and either sign, away from kinks and poles; differentiable.
+    Away(Shape),
+    /// Positive values in [0.5, 2); differentiable.
+    Positive(Shape),
+    /// Given integers (tokens, positions, spans).
+    Integers(Shape, Vec<u32>),
+}
+
+/// Error bounds of one case; anything looser than [`Tolerance::F32`] carries its reason in place.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    /// Absolute part.
+    pub absolute: f64,
+    /// Part relative to the reference.
+    pub relative: f64,
+}
+
+impl Tolerance {
+    /// A few roundings of f32 on values of order one.
+    pub const F32: Tolerance = Tolerance { absolute: 2e-5, relative: 2e-5 };
+    /// Sums of up to some thousand f32 products of order one.
+    pub const SUM: Tolerance = Tolerance { absolute: 3e-4, relative: 1e-4 };
+    /// Operands rounded to bf16 (8 bits) where the reference rounds them too; only the sum differs.
+    pub const HALF: Tolerance = Tolerance { absolute: 1e-3, relative: 1e-3 };
+}
+
+/// Work of one forward call.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// Floating-point operations, a fused multiply-add counting two.
+    pub flops: f64,
+    /// Bytes that must move at least once.
+    pub bytes: f64,
+}
+
+impl Case {
+    /// A case that only tests run.
+    pub fn new(
+        name: impl Into<String>,
+        inputs: Vec<Input>,
+        run: impl Fn(&[Tensor]) -> Tensor + 'static,
+        reference: impl Fn(&[Array]) -> Array + 'static,
+    ) -> Case {
+        Case {
+            name: name.into(),
+            inputs,
+            run: Box::new(run),
+            reference: Box::new(reference),
+            tolerance: Tolerance::F32,
+            cost: None,
+            subgroup: None,
+        }
+    }
+
+    /// With another tolerance.
+    pub fn tolerance(self, tolerance: Tolerance) -> Case {
+        Case { tolerance, ..self }
+    }
+
+    /// Only for devices with this subgroup size, if any is named.
+    pub fn needs(self, subgroup: Option<u32>) -> Case {
+        Case { subgroup, ..self }
+    }
+
+    /// True if this device can run it.
+    pub fn runs_on(&self, gpu: &crate::gpu::Gpu) -> bool {
+        let info = &gpu.adapter().info;
+        self.subgroup.is_none_or(|size| {
+            gpu.has(wgpu::Features::SUBGROUP)
+                && (info.subgroup_min_size, info.subgroup_max_size) == (size, size)
+        })
+    }
+
+    /// As a bench too.
+    pub fn cost(self, flops: f64, bytes: f64) -> Case {
+        Case { cost: Some(Cost { flops, bytes }), ..self }
+    }
+}
+
+impl Input {
+    /// Extents.
+    pub fn shape(&self) -> &Shape {
+        match self {
+            Input::Normal(s) | Input::Away(s) | Input::Positive(s) | Input::Integers(s, _) => s,
+        }
+    }
+
+    /// True if gradients flow into it.
+    pub fn is_differentiable(&self) -> bool {
+        !matches!(self, Input::Integers(..))
+    }
+
+    /// Its values for a seed; f32-representable, so device and reference see the same numbers.
+    pub fn values(&self, seed: u64) -> Array {
+        let mut random = Philox::new(seed, [0; 3]);
+        let mut draw = || match self {
+            // One in 32 is an outlier: eight times as large.
+            Input::Normal(_) => {
+                let scale = if random.below(32) == 0 { 8.0 } else { 1.0 };
+                scale * random.normal()
+            }
+            Input::Away(_) => {
+                let sign = if random.below(2) == 0 { -1.0 } else { 1.0 };
+                sign * (0.5 + 1.5 * random.uniform())
+            }
+            Input::Positive(_) => 0.5 + 1.5 * random.uniform(),
+            Input::Integers(..) => 0.0,
+        };
+        match self {
+            Input::Integers(shape, values) => {
+                Array::new(shape, values.iter().map(|&v| f64::from(v)).collect())
+            }
+            other => Array::from_fn(other.shape(), |_| f64::from(draw())),
+        }
+    }
+
+    /// Those values on the device.
+    pub fn upload(&self, gpu: &crate::gpu::Gpu, values: &Array) -> Tensor {
+        match self {
+            Input::Integers(shape, values) => Tensor::from_u32(gpu, values, shape),
+            other => {
+                let data: Vec<f32> = values.data.iter().map(|&v| v as f32).collect();
+                Tensor::from_f32(gpu, &data, other.shape())
+            }
+        }
+    }
+}

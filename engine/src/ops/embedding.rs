@@ -1,0 +1,150 @@
+//! Rows of a table:  y[t, c] = table[tokens[t], c]          tokens: [..]   table: [V, D]   y: [.., D]
+//! Backward:         dtable[v, c] = Σ of dy[t, c] over the t with tokens[t] = v, in order of t
+//! The table comes in row shards (a weight larger than one binding). f32, bf16 or f16; only f32 shards are
+//! trainable. The host has checked the tokens; one outside the table gives zeros and no gradient.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::gpu::{Kernel, fold, kernel};
+use crate::tensor::{DType, Shape, Tensor};
+
+const FORWARD: Kernel = kernel!("embedding");
+const BACKWARD: Kernel = kernel!("embedding_backward");
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    n: u32,
+    d: u32,
+    first: u32,
+    rows: u32,
+}
+
+/// The rows that `tokens` name, out of a table given as row shards [rows_i, D].
+///
+/// # Panics
+/// If there is no shard, the shards differ in D, tokens are not u32, or a tracked shard is not f32.
+#[track_caller]
+pub fn embedding(tokens: &Tensor, table: &[Tensor]) -> Tensor {
+    let d = table.first().expect("embedding: a table has a shard").shape().last();
+    assert_eq!(tokens.dtype(), DType::U32, "embedding of {}", tokens.shape());
+    for shard in table {
+        let fits = matches!(**shard.shape(), [_, last] if last == d);
+        assert!(fits, "embedding: shard {} of a table of width {d}", shard.shape());
+        let trainable = shard.dtype() == DType::F32 || !shard.is_tracked();
+        assert!(trainable, "embedding: a trainable shard must be f32, not {:?}", shard.dtype());
+    }
+    let n = tokens.numel();
+    let shape: Shape = [&tokens.shape()[..], &[d]].concat().into();
+    let y = Tensor::empty(tokens.gpu(), shape, DType::F32, "embedding");
+    let mut shards = Vec::new();
+    let mut first = 0;
+    for shard in table {
+        let rows = shard.shape()[0] as u32;
+        let params = Params { n: n as u32, d: d as u32, first, rows };
+        FORWARD.with(&[]).import(&[("weight", shard.dtype().weight_import())]).run(
+            &params,
+            &[tokens, shard],
+            &[&y],
+            fold((n * d).div_ceil(256)),
+        );
+        shards.push((params, shard.shape().clone(), shard.is_tracked()));
+        first += rows;
+    }
+    let tokens = tokens.detach();
+    let inputs: Vec<&Tensor> = table.iter().collect();
+    y.record("embedding", &inputs, move |dy| {
+        let gradient = |(params, shape, tracked): &(Params, Shape, bool)| {
+            tracked.then(|| {
+                let dtable = Tensor::zeros(dy.gpu(), shape, DType::F32, "embedding");
+                let [x, y, _] = fold(n);
+                let grid = [x, y, d.div_ceil(256) as u32];
+                BACKWARD.run(params, &[&tokens, dy], &[&dtable], grid);
+                dtable
+            })
+        };
+        shards.iter().map(gradient).collect()
+    })
+}
+
+#[cfg(feature = "cases")]
+pub use cases::cases;
+
+#[cfg(feature = "cases")]
+mod cases {
+    use super::*;
+    use crate::ops::case::{Case, Input, Tolerance};
+    use crate::tensor::host::Array;
+
+    fn reference(tokens: &Array, shards: &[Array]) -> Array {
+        let d = shards[0].shape.last();
+        let table: Vec<f64> = shards.iter().flat_map(|s| s.data.clone()).collect();
+        let shape: Shape = [&tokens.shape[..], &[d]].concat().into();
+        Array::from_fn(shape, |i| {
+            let at = tokens.data[i / d] as usize * d + i % d;
+            table.get(at).copied().unwrap_or(0.0)
+        })
+    }
+
+    /// Repeated tokens, and every tenth out of the table when `outside`.
+    fn case(tokens: &[usize], rows: &[usize], d: usize, outside: bool) -> Case {
+        let n: usize = tokens.iter().product();
+        let v: usize = rows.iter().sum();
+        let ids = (0..n)
+            .map(|i| if outside && i % 10 == 9 { v + i } else { (i * i + 3 * i) % v.min(n + 1) })
+            .map(|id| id as u32)
+            .collect();
+        let mut inputs = vec![Input::Integers(tokens.into(), ids)];
+        inputs.extend(rows.iter().map(|&rows| Input::Normal([rows, d].into())));
+        Case::new(
+            format!("embedding {tokens:?} of {rows:?}x{d}"),
+            inputs,
+            |t| embedding(&t[0], &t[1..]),
+            |x| reference(&x[0], &x[1..]),
+        )
+        // A gradient sums over all places of a token.
+        .tolerance(Tolerance::SUM)
+    }
+
+    /// A table at rest in a half type: its values are exact in both, so only the unpacking is tested.
+    fn half(dtype: DType, d: usize) -> Case {
+        let rows = 9;
+        let values: Vec<f32> = (0..rows * d).map(|i| (i * 37 % 101) as f32 / 8.0 - 6.0).collect();
+        let bits: Vec<u16> = values
+            .iter()
+            .map(|&w| match dtype {
+                DType::Bf16 => half::bf16::from_f32(w).to_bits(),
+                _ => half::f16::from_f32(w).to_bits(),
+            })
+            .collect();
+        let table = Array::new([rows, d], values.iter().map(|&w| f64::from(w)).collect());
+        Case::new(
+            format!("embedding of a {dtype:?} table {rows}x{d}"),
+            vec![Input::Integers([2, 3].into(), vec![8, 0, 3, 3, 1, 7])],
+            move |t| {
+                let bits = bytemuck::cast_slice(&bits);
+                let table = Tensor::from_bytes(t[0].gpu(), bits, [rows, d], dtype, "table");
+                embedding(&t[0], &[table])
+            },
+            move |x| reference(&x[0], std::slice::from_ref(&table)),
+        )
+    }
+
+    /// The table's cases.
+    pub fn cases() -> Vec<Case> {
+        let mut cases = vec![
+            case(&[1], &[1], 1, false),
+            case(&[2, 7], &[5], 3, false),
+            case(&[3, 7], &[4, 1, 6], 5, true),
+            case(&[600], &[40, 3], 4, true),
+            case(&[11], &[30], 300, false),
+            case(&[2, 0], &[5], 3, false),
+        ];
+        for d in [5, 8] {
+            cases.extend([DType::Bf16, DType::F16].map(|dtype| half(dtype, d)));
+        }
+        let bytes = 8.0 * (512 * 576) as f64;
+        cases.push(case(&[512], &[4096], 576, false).cost(0.0, bytes));
+        cases
+    }
+}

@@ -1,0 +1,297 @@
+//! The language-model head and its loss in one op, on the supervised rows only:
+//!   loss = Σ_r w[r] · (ln Σ_v exp(z[r, v]) − z[r, target[r]]) / divisor,   z = x[rows] · Wᵀ
+//! Backward: g = (softmax(z) − onehot) · w / divisor · dy,   dx[rows] = g · W,   dW = gᵀ · x[rows]
+//! The vocabulary is walked in chunks, so no [tokens × vocabulary] tensor exists: a chunk of logits takes at most
+//! [`CHUNK_BYTES`]. Backward computes each chunk again, unless there was only one and it was kept.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::matmul::{Layout, Target, matmul_chunk};
+use crate::gpu::{Kernel, fold, kernel};
+use crate::tensor::{DType, Tensor};
+
+const GATHER: Kernel = kernel!("gather_rows");
+const SCATTER: Kernel = kernel!("scatter_rows");
+const CHUNK: Kernel = kernel!("cross_entropy_chunk");
+const LOSS: Kernel = kernel!("cross_entropy_loss");
+const BACKWARD: Kernel = kernel!("cross_entropy_backward");
+
+/// Logits of one vocabulary chunk take at most this many bytes.
+pub const CHUNK_BYTES: usize = 32 << 20;
+
+/// Which rows are supervised, and how.
+#[derive(Clone, Debug)]
+pub struct Supervision {
+    /// u32 [R], distinct rows of x.
+    pub rows: Tensor,
+    /// u32 [R], each below the vocabulary.
+    pub targets: Tensor,
+    /// f32 [R].
+    pub weights: Tensor,
+    /// What the weighted sum is divided by.
+    pub divisor: f32,
+}
+
+/// The loss, and what it is made of.
+pub struct CrossEntropy {
+    /// f32 [1], differentiable.
+    pub loss: Tensor,
+    /// f32 [R]: unweighted cross-entropy of each supervised row, in nats, for logs and scores.
+    pub per_row: Tensor,
+}
+
+/// See the module's page. x: [.., D]; `weight`: row shards [V_i, D] of the head, in order.
+///
+/// # Panics
+/// If shapes or element types do not fit.
+#[track_caller]
+pub fn linear_cross_entropy(
+    x: &Tensor,
+    weight: &[Tensor],
+    supervision: &Supervision,
+) -> CrossEntropy {
+    linear_cross_entropy_in_chunks(x, weight, supervision, CHUNK_BYTES)
+}
+
+#[track_caller]
+fn linear_cross_entropy_in_chunks(
+    x: &Tensor,
+    weight: &[Tensor],
+    supervision: &Supervision,
+    chunk_bytes: usize,
+) -> CrossEntropy {
+    let Supervision { rows, targets, weights, .. } = supervision;
+    let d = x.shape().last();
+    let r = rows.numel();
+    let fits = weight.iter().all(|w| w.shape().len() == 2 && w.shape().last() == d)
+        && (targets.numel(), weights.numel()) == (r, r)
+        && (rows.dtype(), targets.dtype()) == (DType::U32, DType::U32);
+    assert!(fits, "linear_cross_entropy: x {}, weight {weight:?}, {supervision:?}", x.shape());
+    let op = "linear_cross_entropy";
+    let gpu = x.gpu();
+    let head = Head {
+        shards: weight.iter().map(Tensor::detach).collect(),
+        supervision: supervision.clone(),
+        gathered: gather(x, rows, d),
+        state: Tensor::empty(gpu, [r, 3], DType::F32, op),
+        chunk_bytes,
+    };
+    let mut kept = None;
+    let chunks = head.chunks();
+    for chunk in &chunks {
+        let logits = head.logits(chunk);
+        let params =
+            ChunkParams { rows: r as u32, columns: chunk.len as u32, first: chunk.first as u32 };
+        CHUNK.run(&params, &[&logits, targets], &[&head.state], fold(r));
+        kept = (chunks.len() == 1).then_some(logits);
+    }
+    let per_row = Tensor::empty(gpu, [r], DType::F32, op);
+    let loss = Tensor::zeros(gpu, [1], DType::F32, op);
+    let params = LossParams { rows: r as u32, scale: 1.0 / supervision.divisor };
+    LOSS.run(&params, &[&head.state, weights], &[&per_row, &loss], [1, 1, 1]);
+    let shape = x.shape().clone();
+    let tracked: Vec<bool> = weight.iter().map(Tensor::is_tracked).collect();
+    let inputs: Vec<&Tensor> = [x].into_iter().chain(weight).collect();
+    let loss = loss.record(op, &inputs, move |dy| {
+        let (dx, dw) = head.backward(dy, kept, &tracked);
+        let whole = Tensor::zeros(dx.gpu(), shape, DType::F32, op);
+        let n = dx.numel() as u32;
+        let params = RowParams { n, d: dx.shape().last() as u32 };
+        SCATTER.run(&params, &[&dx, &head.supervision.rows], &[&whole], elements(n));
+        [Some(whole)].into_iter().chain(dw).collect()
+    });
+    CrossEntropy { loss, per_row }
+}
+
+fn elements(n: u32) -> [u32; 3] {
+    fold((n as usize).div_ceil(256))
+}
+
+fn gather(x: &Tensor, rows: &Tensor, d: usize) -> Tensor {
+    let y = Tensor::empty(x.gpu(), [rows.numel(), d], DType::F32, "gather_rows");
+    let n = y.numel() as u32;
+    GATHER.run(&RowParams { n, d: d as u32 }, &[x, rows], &[&y], elements(n));
+    y
+}
+
+/// A piece of one shard: `len` rows from `row`, whose first is `first` of the whole vocabulary.
+struct Chunk {
+    shard: usize,
+    row: usize,
+    len: usize,
+    first: usize,
+}
+
+struct Head {
+    shards: Vec<Tensor>,
+    supervision: Supervision,
+    /// x[rows], [R, D]
+    gathered: Tensor,
+    state: Tensor,
+    chunk_bytes: usize,
+}
+
+impl Head {
+    /// Chunks never cross shards; their lengths are multiples of four where the shard allows.
+    fn chunks(&self) -> Vec<Chunk> {
+        let rows = self.supervision.rows.numel().max(1);
+        let binding = self.gathered.gpu().max_binding() as usize;
+        let most = (self.chunk_bytes.min(binding) / (4 * rows)).max(4) & !3;
+        let mut chunks = Vec::new();
+        let mut before = 0;
+        for (shard, weight) in self.shards.iter().enumerate() {
+            let rows = weight.shape()[0];
+            for row in (0..rows).step_by(most) {
+                chunks.push(Chunk { shard, row, len: most.min(rows - row), first: before + row });
+            }
+            before += rows;
+        }
+        chunks
+    }
+
+    fn logits(&self, chunk: &Chunk) -> Tensor {
+        let x = &self.gathered;
+        let shape = [x.shape()[0], chunk.len];
+        let y = Tensor::empty(x.gpu(), shape, DType::F32, "linear_cross_entropy");
+        let target = Target { y: &y, row: 0, b_row: chunk.row, add: false };
+        matmul_chunk(x, &self.shards[chunk.shard], chunk.len, Layout::NT, &target);
+        y
+    }
+
+    /// Gradients of the gathered rows and of each tracked shard.
+    fn backward(
+        &self,
+        dy: &Tensor,
+        mut kept: Option<Tensor>,
+        tracked: &[bool],
+    ) -> (Tensor, Vec<Option<Tensor>>) {
+        let Supervision { targets, weights, divisor, .. } = &self.supervision;
+        let dx = self.gathered.empty_like("linear_cross_entropy");
+        let dw: Vec<Option<Tensor>> = self
+            .shards
+            .iter()
+            .zip(tracked)
+            .map(|(w, &t)| {
+                t.then(|| Tensor::empty(w.gpu(), w.shape(), DType::F32, "linear_cross_entropy"))
+            })
+            .collect();
+        for chunk in self.chunks() {
+            let g = kept.take().unwrap_or_else(|| self.logits(&chunk));
+            let n = g.numel() as u32;
+            let params = BackwardParams {
+                n,
+                columns: chunk.len as u32,
+                first: chunk.first as u32,
+                scale: 1.0 / divisor,
+            };
+            BACKWARD.run(&params, &[&self.state, targets, weights, dy], &[&g], elements(n));
+            let w = &self.shards[chunk.shard];
+            let into = Target { y: &dx, row: 0, b_row: chunk.row, add: chunk.first > 0 };
+            matmul_chunk(&g, w, chunk.len, Layout::NN, &into);
+            if let Some(dw) = &dw[chunk.shard] {
+                let into = Target { y: dw, row: chunk.row, b_row: 0, add: false };
+                matmul_chunk(&g, &self.gathered, self.gathered.shape()[0], Layout::TN, &into);
+            }
+        }
+        (dx, dw)
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct RowParams {
+    n: u32,
+    d: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ChunkParams {
+    rows: u32,
+    columns: u32,
+    first: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct LossParams {
+    rows: u32,
+    scale: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct BackwardParams {
+    n: u32,
+    columns: u32,
+    first: u32,
+    scale: f32,
+}
+
+#[cfg(feature = "cases")]
+pub use cases::cases;
+
+#[cfg(feature = "cases")]
+mod cases {
+    use super::*;
+    use crate::ops::case::{Case, Input, Tolerance};
+    use crate::tensor::host::Array;
+
+    /// Extents of one case: tokens, supervised rows, D, the head's shards, bytes of a chunk.
+    fn case(t: usize, r: usize, d: usize, shards: &[usize], chunk_bytes: usize) -> Case {
+        let vocabulary: usize = shards.iter().sum();
+        // Distinct rows in no order; targets all over the vocabulary, its ends included.
+        let rows: Vec<u32> = (0..r).map(|i| ((i * 5 + 3) % t) as u32).collect();
+        let targets: Vec<u32> = (0..r).map(|i| (i * 7 % vocabulary) as u32).collect();
+        let weights: Vec<f32> = (0..r).map(|i| [1.0, 4.0, 0.0, 1.5][i % 4]).collect();
+        let divisor = t as f32;
+        let mut inputs = vec![Input::Normal([t, d].into())];
+        inputs.extend(shards.iter().map(|&v| Input::Normal([v, d].into())));
+        let (rows_u32, targets_u32, weights_f32) = (rows.clone(), targets.clone(), weights.clone());
+        let run = move |inputs: &[Tensor]| {
+            let gpu = inputs[0].gpu();
+            let supervision = Supervision {
+                rows: Tensor::from_u32(gpu, &rows_u32, [r]),
+                targets: Tensor::from_u32(gpu, &targets_u32, [r]),
+                weights: Tensor::from_f32(gpu, &weights_f32, [r]),
+                divisor,
+            };
+            linear_cross_entropy_in_chunks(&inputs[0], &inputs[1..], &supervision, chunk_bytes).loss
+        };
+        let reference = move |x: &[Array]| {
+            let head: Vec<&[f64]> = x[1..].iter().flat_map(Array::rows).collect();
+            let mut loss = 0.0;
+            for ((&row, &target), &w) in rows.iter().zip(&targets).zip(&weights) {
+                let hidden = &x[0].data[row as usize * d..][..d];
+                let dot = |v: &&[f64]| v.iter().zip(hidden).map(|(a, b)| a * b).sum::<f64>();
+                let z: Vec<f64> = head.iter().map(dot).collect();
+                let top = z.iter().copied().fold(f64::MIN, f64::max);
+                let lse = top + z.iter().map(|z| (z - top).exp()).sum::<f64>().ln();
+                loss += f64::from(w) * (lse - z[target as usize]);
+            }
+            Array::new([1], vec![loss / f64::from(divisor)])
+        };
+        Case::new(
+            format!("linear_cross_entropy {t} tokens {r} rows d{d} shards {shards:?} chunk {chunk_bytes}"),
+            inputs,
+            run,
+            reference,
+        )
+        .tolerance(Tolerance::SUM)
+    }
+
+    /// The cases of the fused head and loss.
+    pub fn cases() -> Vec<Case> {
+        let (t, d, v) = (512, 576, 49_152);
+        let flops = 2.0 * (t / 2 * d * v) as f64;
+        vec![
+            case(1, 1, 4, &[1], CHUNK_BYTES),
+            case(9, 7, 8, &[24], CHUNK_BYTES),
+            case(9, 7, 6, &[23], CHUNK_BYTES),
+            case(11, 4, 8, &[13, 8, 20], CHUNK_BYTES),
+            case(11, 4, 8, &[29, 12], 4 * 4 * 8),
+            case(7, 0, 8, &[12], CHUNK_BYTES),
+            case(t, t / 2, d, &[v], CHUNK_BYTES).cost(flops, 4.0 * (d * v) as f64),
+        ]
+    }
+}

@@ -1,0 +1,55 @@
+//! One file per op: formula, kernels, the function with its derivative, its cases. This list is the only registry.
+
+mod attention;
+mod elementwise;
+mod embedding;
+mod linear;
+mod linear_cross_entropy;
+mod matmul;
+mod optimizer;
+mod reduce;
+mod rms_norm;
+mod rope;
+mod softmax;
+mod swiglu;
+
+#[cfg(feature = "cases")]
+pub mod case;
+
+pub use attention::{AttentionOptions, Mask, attention};
+#[cfg(feature = "cases")]
+pub use elementwise::elementwise_kernels;
+pub use elementwise::{
+    add, add_scalar, div, exp, log, maximum, mul, neg, recip, relu, scale, sigmoid, silu, sqrt,
+    square, sub, tanh,
+};
+pub use embedding::embedding;
+pub use linear::{linear, rows};
+pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
+pub use matmul::{Layout, MatmulKernel, matmul};
+pub use optimizer::{AdamW, adamw_step, grad_norm};
+pub use reduce::{max, mean, sum, sum_all, sum_to};
+pub use rms_norm::rms_norm;
+pub use rope::rope;
+pub use softmax::softmax;
+pub use swiglu::swiglu;
+
+/// Every case of every op.
+#[cfg(feature = "cases")]
+pub fn cases() -> Vec<case::Case> {
+    let all = [
+        attention::cases(),
+        elementwise::cases(),
+        embedding::cases(),
+        linear::cases(),
+        linear_cross_entropy::cases(),
+        matmul::cases(),
+        optimizer::cases(),
+        reduce::cases(),
+        rms_norm::cases(),
+        rope::cases(),
+        softmax::cases(),
+        swiglu::cases(),
+    ];
+    all.into_iter().flatten().collect()
+}

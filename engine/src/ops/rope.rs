@@ -1,0 +1,122 @@
+//! Rotary position embedding, rotate-half as in Hugging Face's Llama: pairs are (i, i + H/2).
+//!   y_i = x_i cos a − x_{i+H/2} sin a,  y_{i+H/2} = x_{i+H/2} cos a + x_i sin a,  a = position · inv_freq_i
+//! Backward: the rotation by −a.      x, y: [B, T, N, H]   positions: [B, T] or [T]   inv_freq: [H / 2]
+//! The angle is the product rounded to f32, as Hugging Face has it; sine and cosine are computed in the
+//! kernel, because WGSL promises only 2⁻¹¹ of its own.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::gpu::{Kernel, fold, kernel};
+use crate::tensor::{DType, Tensor};
+
+const ROPE: Kernel = kernel!("rope");
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    pairs: u32,
+    half: u32,
+    heads: u32,
+    positions: u32,
+    sign: f32,
+}
+
+/// Rotates each head of `x` by its token's position. Angles (position · inv_freq) up to 100 000 are exact to a
+/// few roundings; inv_freq must not be negative, and gets no gradient.
+///
+/// # Panics
+/// If the shapes or types do not fit.
+#[track_caller]
+pub fn rope(x: &Tensor, positions: &Tensor, inv_freq: &Tensor) -> Tensor {
+    let (sx, sp, sf) = (x.shape(), positions.shape(), inv_freq.shape());
+    let fits = match **sx {
+        [b, t, _, h] => (**sp == [b, t] || **sp == [t]) && h % 2 == 0 && **sf == [h / 2],
+        _ => false,
+    };
+    assert!(fits, "rope: x {sx}, positions {sp} and inv_freq {sf} do not fit");
+    let types = (x.dtype(), positions.dtype(), inv_freq.dtype());
+    assert_eq!(types, (DType::F32, DType::U32, DType::F32), "rope: types");
+    assert!(!inv_freq.is_tracked(), "rope: inv_freq gets no gradient");
+    let y = rotate(x, positions, inv_freq, 1.0);
+    let (positions, inv_freq) = (positions.detach(), inv_freq.detach());
+    y.record("rope", &[x], move |dy| vec![Some(rotate(dy, &positions, &inv_freq, -1.0))])
+}
+
+fn rotate(x: &Tensor, positions: &Tensor, inv_freq: &Tensor, sign: f32) -> Tensor {
+    let y = x.empty_like("rope");
+    let pairs = x.numel() / 2;
+    let params = Params {
+        pairs: pairs as u32,
+        half: inv_freq.numel() as u32,
+        heads: x.shape()[2] as u32,
+        positions: positions.numel() as u32,
+        sign,
+    };
+    ROPE.run(&params, &[x, positions, inv_freq], &[&y], fold(pairs.div_ceil(256)));
+    y
+}
+
+#[cfg(feature = "cases")]
+pub use cases::cases;
+
+#[cfg(feature = "cases")]
+mod cases {
+    use super::*;
+    use crate::ops::case::{Case, Input};
+    use crate::tensor::Shape;
+    use crate::tensor::host::Array;
+
+    fn frequencies(half: usize) -> Vec<f32> {
+        (0..half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect()
+    }
+
+    fn reference(x: &Array, positions: &Array) -> Array {
+        let [_, _, heads, h] = <[usize; 4]>::try_from(&*x.shape).expect("four axes");
+        let half = h / 2;
+        let inv_freq = frequencies(half);
+        Array::from_fn(&x.shape, |at| {
+            let (token, i) = (at / h / heads, at % h);
+            let position = positions.data[token % positions.data.len()];
+            let angle = f64::from(position as f32 * inv_freq[i % half]);
+            let (sin, cos) = angle.sin_cos();
+            if i < half {
+                x.data[at] * cos - x.data[at + half] * sin
+            } else {
+                x.data[at] * cos + x.data[at - half] * sin
+            }
+        })
+    }
+
+    /// Positions from `first` on; per token of each sequence when `per_sequence`.
+    fn case(shape: [usize; 4], first: u32, per_sequence: bool) -> Case {
+        let [b, t, _, h] = shape;
+        let rows: Shape = if per_sequence { [b, t].into() } else { [t].into() };
+        let positions = (0..rows.numel() as u32).map(|i| first + i * 7 % 64).collect();
+        Case::new(
+            format!("rope {shape:?} from {first} as {rows}"),
+            vec![Input::Normal(shape.into()), Input::Integers(rows, positions)],
+            move |t| {
+                let inv_freq = Tensor::from_f32(t[0].gpu(), &frequencies(h / 2), [h / 2]);
+                rope(&t[0], &t[1], &inv_freq)
+            },
+            |x| reference(&x[0], &x[1]),
+        )
+    }
+
+    /// The rotation's cases.
+    pub fn cases() -> Vec<Case> {
+        let n = (512 * 9 * 64) as f64;
+        vec![
+            case([1, 1, 1, 2], 0, true),
+            case([2, 5, 3, 6], 0, true),
+            case([2, 5, 3, 6], 3, false),
+            case([3, 33, 2, 10], 8000, true),
+            case([1, 64, 1, 64], 8190, false),
+            // The last angles with a bound: a turn is taken off 16 000 times.
+            case([1, 64, 1, 64], 99_900, false),
+            case([0, 4, 2, 8], 0, true),
+            case([2, 0, 2, 8], 0, false),
+            case([1, 512, 9, 64], 0, true).cost(3.0 * n, 8.0 * n),
+        ]
+    }
+}

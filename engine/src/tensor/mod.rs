@@ -1,0 +1,265 @@
+//! A tensor: shape, element type, a device buffer, and the node that made it. Always contiguous.
+//! Cloning shares the buffer. There are no views but [`Tensor::reshape`] and no in-place operations here:
+//! only the optimiser and the KV cache write in place, through their own kernels.
+
+#[cfg(feature = "cases")]
+pub mod host;
+mod shape;
+
+use std::cell::Cell;
+use std::fmt;
+use std::rc::Rc;
+
+use bytemuck::Pod;
+
+pub use shape::Shape;
+
+use crate::autograd::{Node, Origin};
+use crate::gpu::{Buffer, Gpu, Kernel, Variant};
+use crate::{Error, Result};
+
+/// Element types. Arithmetic is f32; the halves are for weights at rest, u32 for tokens and positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16, two to a word.
+    Bf16,
+    /// IEEE half precision, two to a word.
+    F16,
+    /// Unsigned integers.
+    U32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 | DType::U32 => 4,
+            DType::Bf16 | DType::F16 => 2,
+        }
+    }
+
+    /// The shared WGSL file that unpacks four weights of this type.
+    pub fn weight_import(self) -> &'static str {
+        match self {
+            DType::F32 => "weight_f32",
+            DType::Bf16 => "weight_bf16",
+            DType::F16 => "weight_f16",
+            DType::U32 => panic!("u32 tensors are not weights"),
+        }
+    }
+}
+
+/// See the module's page.
+#[derive(Clone)]
+pub struct Tensor(Rc<Inner>);
+
+struct Inner {
+    gpu: Gpu,
+    shape: Shape,
+    dtype: DType,
+    buffer: Buffer,
+    origin: Origin,
+}
+
+thread_local! {
+    /// Names leaves; never reused, so gradients cannot be mixed up.
+    static NEXT_LEAF: Cell<u64> = const { Cell::new(0) };
+}
+
+impl Tensor {
+    /// Memory of this shape with undefined contents, for `op` to write all of.
+    pub fn empty(gpu: &Gpu, shape: impl Into<Shape>, dtype: DType, op: &str) -> Tensor {
+        let shape = shape.into();
+        let buffer = gpu.alloc((shape.numel() * dtype.size()) as u64, op, &shape);
+        Tensor(Rc::new(Inner { gpu: gpu.clone(), shape, dtype, buffer, origin: Origin::Constant }))
+    }
+
+    /// Like `self` in shape and type, contents undefined.
+    pub fn empty_like(&self, op: &str) -> Tensor {
+        Self::empty(self.gpu(), self.shape(), self.dtype(), op)
+    }
+
+    /// All zeros.
+    pub fn zeros(gpu: &Gpu, shape: impl Into<Shape>, dtype: DType, op: &str) -> Tensor {
+        let tensor = Self::empty(gpu, shape, dtype, op);
+        gpu.zero(&tensor.0.buffer);
+        tensor
+    }
+
+    /// Uploads f32 values.
+    ///
+    /// # Panics
+    /// If `values` does not fill the shape exactly.
+    #[track_caller]
+    pub fn from_f32(gpu: &Gpu, values: &[f32], shape: impl Into<Shape>) -> Tensor {
+        Self::from_bytes(gpu, bytemuck::cast_slice(values), shape, DType::F32, "upload")
+    }
+
+    /// Uploads u32 values.
+    ///
+    /// # Panics
+    /// If `values` does not fill the shape exactly.
+    #[track_caller]
+    pub fn from_u32(gpu: &Gpu, values: &[u32], shape: impl Into<Shape>) -> Tensor {
+        Self::from_bytes(gpu, bytemuck::cast_slice(values), shape, DType::U32, "upload")
+    }
+
+    /// Uploads little-endian elements; `name` is for error messages (a weight's name, say).
+    ///
+    /// # Panics
+    /// If `bytes` does not fill the shape exactly.
+    #[track_caller]
+    pub fn from_bytes(
+        gpu: &Gpu,
+        bytes: &[u8],
+        shape: impl Into<Shape>,
+        dtype: DType,
+        name: &str,
+    ) -> Tensor {
+        let tensor = Self::empty(gpu, shape, dtype, name);
+        let expected = tensor.numel() * dtype.size();
+        assert_eq!(bytes.len(), expected, "{name}: bytes for {dtype:?} {}", tensor.shape());
+        gpu.write(&tensor.0.buffer, 0, bytes);
+        tensor
+    }
+
+    /// Overwrites a u32 or f32 tensor's contents from the host, in place.
+    ///
+    /// # Panics
+    /// If `values` does not fill the tensor exactly.
+    #[track_caller]
+    pub fn overwrite<T: Pod>(&self, values: &[T]) {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        assert_eq!(bytes.len() as u64, self.0.buffer.bytes(), "overwrite of {self:?}");
+        self.gpu().write(&self.0.buffer, 0, bytes);
+    }
+
+    /// Reads f32 contents back; waits for the device and returns its fault, if any.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        self.read(DType::F32)
+    }
+
+    /// Reads u32 contents back; waits for the device and returns its fault, if any.
+    pub fn to_vec_u32(&self) -> Result<Vec<u32>> {
+        self.read(DType::U32)
+    }
+
+    /// The little-endian elements, whatever the type.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        self.gpu().read(&self.0.buffer)
+    }
+
+    /// The single value of a one-element tensor.
+    pub fn item(&self) -> Result<f32> {
+        match self.to_vec()?.as_slice() {
+            [value] => Ok(*value),
+            _ => Err(Error::Request(format!("{self:?} is not one value"))),
+        }
+    }
+
+    fn read<T: Pod>(&self, dtype: DType) -> Result<Vec<T>> {
+        assert_eq!(self.dtype(), dtype, "read of {self:?}");
+        Ok(bytemuck::pod_collect_to_vec(&self.to_bytes()?))
+    }
+
+    /// The device it lives on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.0.gpu
+    }
+
+    /// Its extents.
+    pub fn shape(&self) -> &Shape {
+        &self.0.shape
+    }
+
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.0.shape.numel()
+    }
+
+    /// Its element type.
+    pub fn dtype(&self) -> DType {
+        self.0.dtype
+    }
+
+    /// Its memory.
+    pub fn buffer(&self) -> &Buffer {
+        &self.0.buffer
+    }
+
+    /// The same elements under another shape; gradients pass through.
+    ///
+    /// # Panics
+    /// If the number of elements differs.
+    #[track_caller]
+    pub fn reshape(&self, shape: impl Into<Shape>) -> Tensor {
+        let shape = shape.into();
+        assert_eq!(shape.numel(), self.numel(), "reshape of {} to {shape}", self.shape());
+        let back = self.shape().clone();
+        self.with(shape, Origin::Constant)
+            .record("reshape", &[self], move |dy| vec![Some(dy.reshape(back))])
+    }
+
+    /// The same memory, cut from the graph.
+    pub fn detach(&self) -> Tensor {
+        self.with(self.shape().clone(), Origin::Constant)
+    }
+
+    /// The same memory as a leaf whose gradient `backward` collects.
+    pub fn trainable(&self) -> Tensor {
+        let id = NEXT_LEAF.replace(NEXT_LEAF.get() + 1);
+        self.with(self.shape().clone(), Origin::Leaf(id))
+    }
+
+    /// True if a gradient flows into this tensor.
+    pub fn is_tracked(&self) -> bool {
+        !matches!(self.0.origin, Origin::Constant)
+    }
+
+    /// The leaf's number, if this is a trainable leaf.
+    pub fn leaf_id(&self) -> Option<u64> {
+        match self.0.origin {
+            Origin::Leaf(id) => Some(id),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
+        self.0.origin.clone()
+    }
+
+    pub(crate) fn with_node(&self, node: Rc<Node>) -> Tensor {
+        self.with(self.shape().clone(), Origin::Node(node))
+    }
+
+    fn with(&self, shape: Shape, origin: Origin) -> Tensor {
+        let Inner { gpu, dtype, buffer, .. } = &*self.0;
+        let (gpu, buffer) = (gpu.clone(), buffer.clone());
+        Tensor(Rc::new(Inner { gpu, shape, dtype: *dtype, buffer, origin }))
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}", self.dtype(), self.shape())
+    }
+}
+
+impl Kernel {
+    /// Records this kernel over whole tensors: `params` is the kernel's `Params`, `grid` its workgroups.
+    pub fn run<P: Pod>(self, params: &P, reads: &[&Tensor], writes: &[&Tensor], grid: [u32; 3]) {
+        self.with(&[]).run(params, reads, writes, grid);
+    }
+}
+
+impl Variant<'_> {
+    /// Records this variant over whole tensors.
+    pub fn run<P: Pod>(self, params: &P, reads: &[&Tensor], writes: &[&Tensor], grid: [u32; 3]) {
+        let gpu = writes[0].gpu();
+        let reads: Vec<&Buffer> = reads.iter().map(|t| t.buffer()).collect();
+        let writes: Vec<&Buffer> = writes.iter().map(|t| t.buffer()).collect();
+        self.dispatch(gpu, bytemuck::bytes_of(params), &reads, &writes, grid);
+    }
+}

@@ -1,0 +1,37 @@
+// rms_norm_dx: dx[r, d] = s_r (dy[r, d] w[d] - x[r, d] s_r^2 mean_d(dy[r, d] w[d] x[r, d]))
+// x, dy, dx [R, D]
+// w         [D]
+// s         [R], s_r = 1 / sqrt(mean_d x[r, d]^2 + eps)
+// dispatch  one workgroup a row, folded
+// shared    WG f32
+#import grid
+#import reduce
+struct Params { rows: u32, d: u32, eps: f32 }
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> x: array<f32>;          // [R, D]
+@group(0) @binding(2) var<storage, read> w: array<f32>;          // [D]
+@group(0) @binding(3) var<storage, read> s: array<f32>;          // [R]
+@group(0) @binding(4) var<storage, read> dy: array<f32>;         // [R, D]
+@group(0) @binding(5) var<storage, read_write> dx: array<f32>;   // [R, D]
+
+@compute @workgroup_size(WG)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = linear_workgroup(group, groups);
+    if row >= p.rows {
+        return;
+    }
+    let base = row * p.d;
+    var sum = 0.0;
+    for (var d = lane; d < p.d; d += WG) {
+        sum += dy[base + d] * w[d] * x[base + d];
+    }
+    let scale = s[row];
+    let mean = reduce_sum(sum, lane) / f32(p.d) * scale * scale;
+    for (var d = lane; d < p.d; d += WG) {
+        dx[base + d] = scale * (dy[base + d] * w[d] - x[base + d] * mean);
+    }
+}

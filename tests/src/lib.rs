@@ -1,0 +1,70 @@
+//! What the test files share: a device opened as tests want it, comparison against references,
+//! and the place of optional data.
+
+use std::path::PathBuf;
+
+use demask_engine::gpu::{Gpu, GpuOptions};
+use demask_engine::ops::case::Tolerance;
+
+/// A device in checked and guarded mode, or `None` (said aloud) where there is no adapter.
+/// With `REQUIRE_GPU=1` a missing adapter fails.
+pub fn checked_gpu() -> Option<Gpu> {
+    open(GpuOptions { checked: true, guards: true, ..GpuOptions::default() })
+}
+
+/// A device as users have it.
+pub fn gpu() -> Option<Gpu> {
+    open(GpuOptions::default())
+}
+
+/// A device with the given options.
+pub fn open(options: GpuOptions) -> Option<Gpu> {
+    match Gpu::open(options) {
+        Ok(gpu) => Some(gpu),
+        Err(e) if std::env::var("REQUIRE_GPU").as_deref() == Ok("1") => panic!("{e}"),
+        Err(e) => {
+            println!("SKIPPED: {e}");
+            None
+        }
+    }
+}
+
+/// The folder of optional small public data beside the checkout, or `None`, said aloud.
+pub fn shared_data(path: &str) -> Option<PathBuf> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data").join(path);
+    if path.exists() {
+        return Some(path);
+    }
+    println!("SKIPPED: no {}", path.display());
+    None
+}
+
+/// A file of this crate's `golden` folder.
+pub fn golden(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden").join(path)
+}
+
+/// Elementwise |got − want| ≤ absolute + relative·|want|; NaN differs from everything. Says the first five.
+pub fn compare(name: &str, got: &[f32], want: &[f64], tolerance: Tolerance) -> Result<(), String> {
+    if got.len() != want.len() {
+        return Err(format!("{name}: {} values, expected {}", got.len(), want.len()));
+    }
+    let wrong = |(g, w): &(f64, f64)| {
+        let bound = tolerance.absolute + tolerance.relative * w.abs();
+        // Written so that NaN on either side is an error.
+        !((g - w).abs() <= bound)
+    };
+    let pairs = got.iter().map(|&g| f64::from(g)).zip(want.iter().copied());
+    let bad: Vec<_> = pairs.enumerate().filter(|(_, pair)| wrong(pair)).collect();
+    if bad.is_empty() {
+        return Ok(());
+    }
+    let first: Vec<_> =
+        bad.iter().take(5).map(|(i, (g, w))| format!("[{i}] {g} instead of {w}")).collect();
+    Err(format!("{name}: {} of {} values differ: {}", bad.len(), got.len(), first.join(", ")))
+}
+
+/// Panics with all failures at once, so that one run shows the whole picture.
+pub fn report(failures: Vec<String>) {
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}

@@ -1,0 +1,210 @@
+//! Every case of every op: forward, gradient, fan-out, stray writes, determinism, in checked shader mode.
+
+use demask_engine::autograd::{Gradients, backward};
+use demask_engine::gpu::Gpu;
+use demask_engine::ops::case::{Case, Input, Tolerance};
+use demask_engine::ops::{add, cases};
+use demask_engine::philox::Philox;
+use demask_engine::tensor::Tensor;
+use demask_engine::tensor::host::Array;
+use demask_tests::{checked_gpu, compare, report};
+
+/// Runs `check` over every case this device can run and collects what failed.
+fn for_each_case(check: impl Fn(&Gpu, &Case) -> Result<(), String>) {
+    let Some(gpu) = checked_gpu() else { return };
+    let only = std::env::var("CASE").unwrap_or_default();
+    let mut failures = Vec::new();
+    let mut ran = 0;
+    for case in cases().iter().filter(|c| c.name.contains(&only)) {
+        if !case.runs_on(&gpu) {
+            println!("SKIPPED: {} needs another subgroup size", case.name);
+            continue;
+        }
+        // Benches' extents are too large for references in f64; their kernels are those of smaller cases.
+        if case.cost.is_some_and(|c| c.flops > 2e6) {
+            continue;
+        }
+        ran += 1;
+        failures.extend(check(&gpu, case).err());
+    }
+    assert!(ran > 0, "no case matches CASE={only}");
+    println!("{ran} cases on {}", gpu.adapter().describe());
+    report(failures);
+}
+
+fn values(case: &Case, seed: u64) -> Vec<Array> {
+    case.inputs.iter().enumerate().map(|(i, input)| input.values(seed + i as u64)).collect()
+}
+
+fn upload(gpu: &Gpu, case: &Case, values: &[Array]) -> Vec<Tensor> {
+    case.inputs.iter().zip(values).map(|(input, v)| input.upload(gpu, v)).collect()
+}
+
+#[test]
+fn forward_matches_the_reference() {
+    for_each_case(|gpu, case| {
+        let values = values(case, 11);
+        let inputs = upload(gpu, case, &values);
+        let y = (case.run)(&inputs);
+        let want = (case.reference)(&values);
+        if *y.shape() != want.shape {
+            return Err(format!("{}: shape {} instead of {}", case.name, y.shape(), want.shape));
+        }
+        let got = y.to_vec().map_err(|e| format!("{}: {e}", case.name))?;
+        for tensor in inputs.iter().chain([&y]) {
+            let intact = gpu.check_guards(tensor.buffer()).map_err(|e| e.to_string())?;
+            if !intact {
+                return Err(format!("{}: wrote behind {tensor:?}", case.name));
+            }
+        }
+        compare(&case.name, &got, &want.data, case.tolerance)
+    });
+}
+
+#[test]
+fn two_runs_are_bit_equal() {
+    for_each_case(|gpu, case| {
+        let inputs = upload(gpu, case, &values(case, 12));
+        let bits = || -> Result<Vec<u32>, String> {
+            let y = (case.run)(&inputs).to_vec().map_err(|e| e.to_string())?;
+            Ok(y.into_iter().map(f32::to_bits).collect())
+        };
+        if bits()? == bits()? { Ok(()) } else { Err(format!("{}: two runs differ", case.name)) }
+    });
+}
+
+/// Σ w ⊙ f(x) in f64.
+fn objective(case: &Case, x: &[Array], weights: &[f64]) -> f64 {
+    (case.reference)(x).data.iter().zip(weights).map(|(y, w)| y * w).sum()
+}
+
+/// The op sits mid-graph: its inputs come through a node, its output goes into a random cotangent.
+fn device_gradients(
+    gpu: &Gpu,
+    case: &Case,
+    values: &[Array],
+    weights: &[f64],
+    twice: bool,
+) -> Result<Option<Vec<Option<Vec<f32>>>>, String> {
+    let leaves: Vec<Tensor> = upload(gpu, case, values)
+        .into_iter()
+        .zip(&case.inputs)
+        .map(|(t, input)| if input.is_differentiable() { t.trainable() } else { t })
+        .collect();
+    let through: Vec<Tensor> = leaves.iter().map(|t| t.reshape(t.shape())).collect();
+    let mut gradients = Gradients::new();
+    let w: Vec<f32> = weights.iter().map(|&w| w as f32).collect();
+    let mut y = (case.run)(&through);
+    if !y.is_tracked() {
+        return Ok(None);
+    }
+    if twice {
+        y = add(&y, &(case.run)(&through));
+    }
+    let cotangent = Tensor::from_f32(gpu, &w, y.shape());
+    backward(&y, &cotangent, &mut gradients);
+    let read = |t: &Tensor| -> Result<Option<Vec<f32>>, String> {
+        let Some(g) = gradients.get(t) else { return Ok(None) };
+        if !gpu.check_guards(g.buffer()).map_err(|e| e.to_string())? {
+            return Err(format!("{}: wrote behind the gradient {g:?}", case.name));
+        }
+        g.to_vec().map(Some).map_err(|e| format!("{}: {e}", case.name))
+    };
+    leaves.iter().map(read).collect::<Result<Vec<_>, _>>().map(Some)
+}
+
+fn cotangent(case: &Case, values: &[Array]) -> Vec<f64> {
+    let mut random = Philox::new(5, [1, 2, 3]);
+    let n = (case.reference)(values).shape.numel();
+    (0..n).map(|_| f64::from(random.normal())).collect()
+}
+
+/// Elements of an input to differentiate: all of a small one, a sample of a large one.
+fn sample(n: usize) -> Vec<usize> {
+    const MOST: usize = 40;
+    if n <= MOST {
+        return (0..n).collect();
+    }
+    let mut random = Philox::new(6, [n as u32, 0, 0]);
+    (0..MOST).map(|_| random.below(n as u32) as usize).collect()
+}
+
+#[test]
+fn gradients_match_central_differences() {
+    for_each_case(|gpu, case| {
+        let mut values = values(case, 13);
+        let weights = cotangent(case, &values);
+        let Some(gradients) = device_gradients(gpu, case, &values, &weights, false)? else {
+            return Ok(());
+        };
+        for (i, input) in case.inputs.iter().enumerate() {
+            let Some(gradient) = &gradients[i] else {
+                if input.is_differentiable() && input.shape().numel() > 0 {
+                    return Err(format!("{}: input {i} got no gradient", case.name));
+                }
+                continue;
+            };
+            let picked = sample(input.shape().numel());
+            let mut want = Vec::new();
+            for &at in &picked {
+                let x = values[i].data[at];
+                // f64 leaves 1e-6² · f''' of truncation and 1e-16 / 1e-6 of rounding: both far below f32.
+                let h = 1e-5 * x.abs().max(1.0);
+                values[i].data[at] = x + h;
+                let up = objective(case, &values, &weights);
+                values[i].data[at] = x - h;
+                let down = objective(case, &values, &weights);
+                values[i].data[at] = x;
+                want.push((up - down) / (2.0 * h));
+            }
+            let got: Vec<f32> = picked.iter().map(|&at| gradient[at]).collect();
+            // A gradient sums over the other operand and over outliers of the cotangent.
+            let scale = want.iter().fold(1.0f64, |m, w| m.max(w.abs()));
+            let tolerance = Tolerance {
+                absolute: case.tolerance.absolute * scale,
+                relative: case.tolerance.relative * 4.0,
+            };
+            compare(&format!("{} gradient {i}", case.name), &got, &want, tolerance)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn an_input_used_twice_gets_both_gradients() {
+    for_each_case(|gpu, case| {
+        let values = values(case, 14);
+        let weights = cotangent(case, &values);
+        let once = device_gradients(gpu, case, &values, &weights, false)?;
+        let twice = device_gradients(gpu, case, &values, &weights, true)?;
+        let (Some(once), Some(twice)) = (once, twice) else { return Ok(()) };
+        for (one, two) in once.into_iter().zip(twice) {
+            let (Some(one), Some(two)) = (one, two) else { continue };
+            let want: Vec<f64> = one.iter().map(|&g| 2.0 * f64::from(g)).collect();
+            compare(&format!("{} used twice", case.name), &two, &want, Tolerance::F32)?;
+        }
+        Ok(())
+    });
+}
+
+/// Names are what CASE= selects by and what a failure points at.
+#[test]
+fn case_names_are_unique_and_inputs_not_all_empty() {
+    let cases = cases();
+    let mut names: Vec<_> = cases.iter().map(|c| &c.name).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), cases.len(), "two cases share a name");
+    assert!(cases.iter().any(|c| c.inputs.iter().any(|i| matches!(i, Input::Normal(_)))));
+}
+
+/// The harness must be able to fail: a wrong value, a NaN, and a wrong length are all reported.
+#[test]
+fn the_comparison_can_fail() {
+    let tolerance = Tolerance::F32;
+    assert!(compare("ok", &[1.0], &[1.0], tolerance).is_ok());
+    assert!(compare("off", &[1.001], &[1.0], tolerance).is_err());
+    assert!(compare("nan", &[f32::NAN], &[1.0], tolerance).is_err());
+    assert!(compare("nan wanted", &[1.0], &[f64::NAN], tolerance).is_err());
+    assert!(compare("short", &[], &[1.0], tolerance).is_err());
+}

@@ -1,0 +1,14 @@
+//! Training: data, noise, objectives, optimiser loop.
+
+pub mod batch;
+pub mod bpe;
+pub mod checkpoint;
+pub mod curve;
+pub mod data;
+pub mod metrics;
+pub mod noise;
+pub mod optim;
+pub mod pack;
+pub mod recipe;
+pub mod schedule;
+pub mod train;

@@ -1,0 +1,95 @@
+//! The record of a training step and its file, one JSON object a line.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// One line of a metrics file. Unknown fields are ignored, so a run may record more.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Optimiser step, counted over the whole run, not from the start of a phase.
+    pub step: u64,
+    /// What is trained, such as "ar" or "diffusion".
+    pub phase: String,
+    /// The training loss, weighted and divided by all maskable tokens; NaN (null in the file) if
+    /// the run diverged.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub loss: f64,
+    /// Norm of the whole gradient before clipping; NaN as above.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Tokens of the base sequences per second.
+    pub tokens_per_second: f64,
+    /// Unweighted cross-entropy per masked token, in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ce_per_masked: Option<f64>,
+    /// Upper end of the mask rate while the noise warms up; absent afterwards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub u_max: Option<f64>,
+}
+
+/// JSON has no NaN, and `serde_json` writes it as null.
+fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+/// Reads a metrics file. Where a resumed run repeated steps, its later lines count. An unfinished
+/// last line, as an interrupted run leaves it, is passed over.
+pub fn read_metrics(path: &Path) -> Result<Vec<Metrics>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read {}; has the run started?", path.display()))?;
+    let mut points: Vec<Metrics> = Vec::new();
+    for (i, line) in text.split_inclusive('\n').enumerate() {
+        if line.trim().is_empty() {
+            continue;
+        }
+        let point: Metrics = match serde_json::from_str(line) {
+            Ok(point) => point,
+            Err(_) if !line.ends_with('\n') => break,
+            Err(e) => bail!("{} line {}: {e}; fix or delete the line", path.display(), i + 1),
+        };
+        points.truncate(points.partition_point(|p| p.step < point.step));
+        points.push(point);
+    }
+    Ok(points)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(step: u64) -> Metrics {
+        let (phase, u_max) = if step < 30 { ("ar", None) } else { ("diffusion", Some(0.5)) };
+        Metrics {
+            step,
+            phase: phase.to_string(),
+            loss: 2.5,
+            grad_norm: 0.25,
+            lr: 1e-3,
+            tokens_per_second: 5e4,
+            ce_per_masked: u_max,
+            u_max,
+        }
+    }
+
+    #[test]
+    fn metrics_survive_a_file_a_restart_and_a_torn_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let line = |step| serde_json::to_string(&point(step)).unwrap() + "\n";
+        let diverged = Metrics { loss: f64::NAN, ..point(60) };
+        let mut file: String = (0..40).chain(30..60).map(line).collect();
+        file += &(serde_json::to_string(&diverged).unwrap() + "\n");
+        file += "{\"step\": 61, \"pha";
+        std::fs::write(&path, &file).unwrap();
+        let read = read_metrics(&path).unwrap();
+        assert_eq!(read[..60], (0..60).map(point).collect::<Vec<_>>());
+        assert!(read.len() == 61 && read[60].loss.is_nan());
+        std::fs::write(&path, file + "\n").unwrap();
+        let error = read_metrics(&path).unwrap_err().to_string();
+        assert!(error.contains("line 72"), "{error}");
+    }
+}

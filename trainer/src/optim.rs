@@ -1,0 +1,85 @@
+//! AdamW over a model's parameters: moments beside each row shard, one norm over the whole gradient.
+
+use anyhow::Result;
+use demask_engine::autograd::Gradients;
+use demask_engine::model::{Llama, Parameter};
+use demask_engine::ops::{AdamW, adamw_step, grad_norm};
+use demask_engine::tensor::{DType, Tensor};
+
+use crate::recipe::Optimizer;
+
+/// Moments of one row shard.
+pub struct Moments {
+    /// First moment.
+    pub m: Tensor,
+    /// Second moment.
+    pub v: Tensor,
+}
+
+/// The optimiser's state.
+pub struct OptimizerState {
+    /// Updates done; AdamW's bias correction counts from it.
+    pub updates: u64,
+    /// For each parameter, in the model's order, its shards' moments.
+    pub moments: Vec<Vec<Moments>>,
+}
+
+impl OptimizerState {
+    /// Zero moments for every weight of `model`.
+    pub fn new(model: &Llama) -> OptimizerState {
+        let zero = |t: &Tensor| Moments {
+            m: Tensor::zeros(t.gpu(), t.shape(), DType::F32, "adamw moment"),
+            v: Tensor::zeros(t.gpu(), t.shape(), DType::F32, "adamw moment"),
+        };
+        let moments =
+            model.parameters().iter().map(|p| p.shards.iter().map(zero).collect()).collect();
+        OptimizerState { updates: 0, moments }
+    }
+
+    /// One update in place. Returns f32 [2] on the device: the gradient's norm before clipping and the factor
+    /// it was scaled by (0 if the norm is not finite, and then nothing moved). Without any gradient (early in the
+    /// warm-up a step may mask nothing) nothing moves and the norm is 0.
+    pub fn step(
+        &mut self,
+        model: &Llama,
+        gradients: &Gradients,
+        settings: &Optimizer,
+        lr: f32,
+    ) -> Result<Tensor> {
+        let parameters = model.parameters();
+        let all: Vec<&Tensor> = parameters
+            .iter()
+            .flat_map(|p| &p.shards)
+            .filter_map(|shard| gradients.get(shard))
+            .collect();
+        if all.is_empty() {
+            return Ok(Tensor::from_f32(model.gpu(), &[0.0, 1.0], [2]));
+        }
+        self.updates += 1;
+        let norm_and_scale = grad_norm(&all, 1.0, settings.clip);
+        for (parameter, moments) in parameters.iter().zip(&self.moments) {
+            let options = AdamW {
+                lr: f64::from(lr),
+                beta1: settings.beta1,
+                beta2: settings.beta2,
+                eps: settings.eps,
+                weight_decay: if decays(parameter) { settings.weight_decay } else { 0.0 },
+                step: self.updates as u32,
+            };
+            for (shard, state) in parameter.shards.iter().zip(moments) {
+                // A weight that nothing flowed into (an unused head, say) stays as it is.
+                if let Some(gradient) = gradients.get(shard) {
+                    let Moments { m, v } = state;
+                    adamw_step(shard, gradient, m, v, &norm_and_scale, options, 1.0);
+                }
+            }
+        }
+        Ok(norm_and_scale)
+    }
+}
+
+/// Matrices decay; norms do not, nor does the embedding: the mask token's row gets no gradient before the switch
+/// to diffusion, and decay would shrink it to nothing by then.
+pub fn decays(parameter: &Parameter) -> bool {
+    parameter.shape.len() == 2 && parameter.name != "model.embed_tokens.weight"
+}
