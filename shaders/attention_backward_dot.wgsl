@@ -1,5 +1,5 @@
-// attention_backward_dot: stats[1, row] = sum_d do[row, d] o[row, d], what both backward kernels subtract
-// do, o     [rows, H] with rows = B Tq N
+// attention_backward_dot: stats[1, row] = sum_d dy[row, d] o[row, d], what both backward kernels subtract
+// dy, o     [rows, H] with rows = B Tq N
 // stats     [2, rows]: lse, then dots
 // dispatch  64 rows a workgroup, folded
 #import grid

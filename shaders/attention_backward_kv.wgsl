@@ -4,7 +4,7 @@
 // dispatch  (key tiles of 8, G, B): 64 lanes are queries for p and ds, then head dimensions for the sums
 // shared    8 keys, 8 values, twice 8 x 64 numbers: 12 KiB at H = 128
 #import mask
-const H: u32 = 64u; // host
+const H: u32 = 64u; // host 4 64 128 192
 const H4: u32 = H / 4u;
 const PER_LANE: u32 = (H + 63u) / 64u;
 struct Params {

@@ -4,7 +4,7 @@
 // dispatch  (query tiles of 8, N, B): 64 lanes are keys for ds, then head dimensions for the sum
 // shared    8 queries, 8 cotangents, 8 x 64 values: 10 KiB at H = 128
 #import mask
-const H: u32 = 64u; // host
+const H: u32 = 64u; // host 4 64 128 192
 const H4: u32 = H / 4u;
 const PER_LANE: u32 = (H + 63u) / 64u;
 struct Params {

@@ -1,6 +1,7 @@
 // columns: copies between a narrow matrix and columns from .. from + n of a wide one
-// narrow    [R, n]      wide [R, O]
-// dispatch  256 elements of the narrow one a workgroup, folded; with OUT the wide one is read
+// x         [R, n]: the narrow one; with OUT [R, O], the wide one
+// y         [R, O]: the wide one; with OUT [R, n], the narrow one
+// dispatch  256 elements of the narrow one a workgroup, folded
 #import grid
 override OUT: u32 = 0u;
 struct Params { n: u32, narrow: u32, wide: u32, start: u32 }

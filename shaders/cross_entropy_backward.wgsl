@@ -1,6 +1,7 @@
 // cross_entropy_backward: logits become their gradient, in place:
 //           g[r, c] = (softmax[r, c] - [c is the target]) weights[r] scale dy
 // state     [R, 3] as cross_entropy_chunk leaves it
+// targets, weights [R]    dy [1]
 // logits    [R, C], columns first .. first + C of the vocabulary
 // dispatch  256 elements a workgroup, folded
 #import grid

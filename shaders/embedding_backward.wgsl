@@ -3,7 +3,7 @@
 // dy        [n, D]
 // dtable    [rows, D], zero already; one row shard
 // dispatch  one workgroup a token and 256 columns, tokens folded over x and y: (n, 1, D / 256)
-// shared    one bit for each of 256 tokens
+// shared    one bit for each of 256 tokens, 32 bytes
 // The first token of an id makes that id's row: no two workgroups write the same place, in a fixed order.
 #import grid
 struct Params { n: u32, d: u32, first: u32, rows: u32 }
@@ -12,7 +12,7 @@ struct Params { n: u32, d: u32, first: u32, rows: u32 }
 @group(0) @binding(2) var<storage, read> dy: array<f32>;             // [n, D]
 @group(0) @binding(3) var<storage, read_write> dtable: array<f32>;   // [rows, D]
 
-var<workgroup> hits: array<atomic<u32>, 8>;   // bit t of a tile of 256 tokens: the same id
+var<workgroup> hits: array<atomic<u32>, 8>;   // bit t of a tile of 256 tokens: token t has this id
 var<workgroup> seen: u32;                     // not zero: an earlier token has this id
 
 @compute @workgroup_size(256)
@@ -29,13 +29,13 @@ fn main(
     if token < p.first || token - p.first >= p.rows {
         return;
     }
-    if lane == 0u {
-        atomicStore(&hits[0], 0u);
+    if lane < 8u {
+        atomicStore(&hits[lane], 0u);
     }
     workgroupBarrier();
     var earlier = false;
-    for (var t = lane; t < own; t += 256u) {
-        earlier = earlier || tokens[t] == token;
+    for (var t = lane; t < own && !earlier; t += 256u) {
+        earlier = tokens[t] == token;
     }
     if earlier {
         atomicOr(&hits[0], 1u);
@@ -50,11 +50,8 @@ fn main(
     let column = group.z * 256u + lane;
     var sum = 0.0;
     for (var tile = own; tile < p.n; tile += 256u) {
-        if lane < 8u {
-            atomicStore(&hits[lane], 0u);
-        }
-        workgroupBarrier();
-        if tile + lane < p.n && tokens[min(tile + lane, p.n - 1u)] == token {
+        let t = tile + lane;
+        if t < p.n && tokens[min(t, p.n - 1u)] == token {
             atomicOr(&hits[lane / 32u], 1u << (lane % 32u));
         }
         workgroupBarrier();
@@ -62,6 +59,10 @@ fn main(
             for (var bits = atomicLoad(&hits[word]); bits != 0u; bits &= bits - 1u) {
                 sum += dy[(tile + word * 32u + firstTrailingBit(bits)) * p.d + column];
             }
+        }
+        workgroupBarrier();
+        if lane < 8u {
+            atomicStore(&hits[lane], 0u);
         }
         workgroupBarrier();
     }

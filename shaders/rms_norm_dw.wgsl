@@ -2,7 +2,8 @@
 // x, dy     [R, D]
 // s         [R]
 // partial   [C, D], C = R / 32; the host sums it over c
-// dispatch  (D / 64, C)
+// dispatch  one workgroup for 64 columns of one chunk, folded
+#import grid
 struct Params { rows: u32, d: u32, eps: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<f32>;               // [R, D]
@@ -11,15 +12,21 @@ struct Params { rows: u32, d: u32, eps: f32 }
 @group(0) @binding(4) var<storage, read_write> partial: array<f32>;   // [C, D]
 
 @compute @workgroup_size(64)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let d = group.x * 64u + lane;
-    if d >= p.d {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let at = linear_workgroup(group, groups);
+    let tiles = (p.d + 63u) / 64u;
+    let first = (at / tiles) * 32u;
+    let d = (at % tiles) * 64u + lane;
+    if first >= p.rows || d >= p.d {
         return;
     }
-    let end = min(group.y * 32u + 32u, p.rows);
     var sum = 0.0;
-    for (var r = group.y * 32u; r < end; r += 1u) {
+    for (var r = first; r < min(first + 32u, p.rows); r += 1u) {
         sum += dy[r * p.d + d] * x[r * p.d + d] * s[r];
     }
-    partial[group.y * p.d + d] = sum;
+    partial[(at / tiles) * p.d + d] = sum;
 }

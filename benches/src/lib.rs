@@ -1,1 +1,1 @@
-//! placeholder
+//! Nothing but benches lives here: see `benches/` and README.md.

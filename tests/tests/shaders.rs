@@ -1,8 +1,10 @@
-//! Every WGSL file on disk, without a GPU: expanded, validated with the capabilities of its tier, translated for
-//! Vulkan, Metal and DirectX, read by tint where it is installed, and held to the rules of shaders/README.md.
+//! Every WGSL file on disk, without a GPU: expanded, validated with the capabilities of its tier,
+//! translated for Vulkan, Metal and DirectX, read by tint where it is installed, and held to the
+//! rules of shaders/README.md.
 //!
-//! The names in `.with(&[("NAME", …)])` are left to run time: the engine takes a name that the text declares as
-//! `override` for a pipeline constant and panics, naming the kernel, for any other that is no host constant.
+//! The names in `.with(&[("NAME", …)])` are left to run time: the engine takes a name that the text
+//! declares as `override` for a pipeline constant and panics, naming the kernel, for any other that
+//! is no host constant.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -144,7 +146,7 @@ const TARGETS: &[Target] = &[
     Target::Hlsl(hlsl::ShaderModel::V6_2),
 ];
 
-/// Why a kernel cannot run there. None of the reasons holds for the base tier, so that runs everywhere.
+/// Why a kernel cannot run there. No reason holds for the base tier, which thus runs everywhere.
 fn impossible(target: Target, text: &str) -> Option<&'static str> {
     use hlsl::ShaderModel::{V6_0, V6_2};
     let needs = |capability| tier(text).contains(capability);
@@ -220,7 +222,7 @@ fn translate(
     names.into_iter().collect()
 }
 
-/// naga's writers panic on what they do not know; here that is one more fault, with the kernel's name.
+/// naga's writers panic on what they do not know; here that is a fault, with the kernel's name.
 fn try_translate(
     target: Target,
     module: &Module,
@@ -353,6 +355,9 @@ fn text_faults(stem: &str, source: &str) -> Vec<String> {
     if lines > MAX_LINES {
         faults.push(format!("{lines} lines of {MAX_LINES}"));
     }
+    for (name, _) in source.lines().filter_map(host_constant).filter(|(_, v)| v.is_empty()) {
+        faults.push(format!("list the values of {name} that the host may set: `// host 64 128`"));
+    }
     let named = ["subgroup", "f16", "coop"].iter().any(|word| stem.contains(word));
     if !tier(source).is_empty() && !named {
         faults
@@ -361,11 +366,12 @@ fn text_faults(stem: &str, source: &str) -> Vec<String> {
     faults.into_iter().map(|fault| format!("{stem}: {fault}")).collect()
 }
 
-/// A second reader, and the one browsers have: it finds barriers in divergent control flow, which naga lets pass.
+/// A second reader, and the one browsers have: it finds barriers in divergent control flow, which
+/// naga lets pass.
 fn tint(text: &str) -> io::Result<Result<(), String>> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("kernel.wgsl");
-    // naga refuses the directive that tint demands. It goes on the first line, so line numbers stay.
+    // naga refuses the directive that tint demands. On the first line, so that line numbers stay.
     let enable = if uses_subgroups(text) { "enable subgroups; " } else { "" };
     fs::write(&file, format!("{enable}{text}"))?;
     let output = Command::new("tint").args(["--format", "wgsl"]).arg(&file).output()?;
@@ -530,6 +536,7 @@ fn each_rule_can_fail() {
         ("n: u32,", "n: u32, @size(252) m: u32,", "bytes of 256"),
         ("WG: u32 = 64u", "WG: u32 = 257u", "257 invocations"),
         ("64u; // host 32 64", "64u; // host 32 4097", "bytes of workgroup memory"),
+        ("// host 32 64", "// host", "list the values of WIDTH"),
         ("x[t];", "subgroupAdd(x[t]);", "must say subgroup"),
         ("x[t];", "f32(f16(x[t]));", "f16"),
         ("main", "other", "entry point"),

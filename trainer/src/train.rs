@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use demask_engine::autograd::{Gradients, backward};
+use demask_engine::autograd::{Gradients, backward, without_recording};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, LlamaConfig, Precision, StoredType, Tokenizer};
 use demask_engine::tensor::Tensor;
@@ -95,7 +95,8 @@ impl Trainer {
             }
         };
         let mask_id = mask_id(&recipe, &model, &tokenizer)?;
-        let data = pack(&recipe, &corpus, &tokenizer, model.config())?;
+        let train = corpus.split(recipe.data.held_out, recipe.seed).train;
+        let data = pack(&recipe, &train, &tokenizer, model.config())?;
         let sequences = data.n_sequences();
         hear(Event::Packed { sequences, tokens: sequences * recipe.data.length as u64 });
         fs::write(run.join("recipe.toml"), toml::to_string_pretty(&recipe)?)?;
@@ -240,6 +241,41 @@ impl Trainer {
     }
 }
 
+/// Mean cross-entropy in nats per supervised token (a masked one, under diffusion) over up to `sequences` sequences
+/// of the recipe's held-out text, under its last phase and without a warm-up. Each call hides the same tokens, so
+/// that models can be compared. Not a likelihood: mask rates are clipped as in training.
+pub fn held_out_loss(
+    recipe: &Recipe,
+    model: &Llama,
+    tokenizer: &Tokenizer,
+    sequences: usize,
+) -> Result<f64> {
+    let corpus = read_corpus(recipe)?;
+    let held_out = corpus.split(recipe.data.held_out, recipe.seed).held_out;
+    let data = pack(recipe, &held_out, tokenizer, model.config())
+        .context("the held-out text is too short; raise data.held_out")?;
+    let phase = recipe.phase.last().context("there is no [[phase]]")?;
+    let plan = StepPlan {
+        phase,
+        phase_step: phase.corruption_warmup,
+        step: 0,
+        seed: recipe.seed,
+        mask_id: mask_id(recipe, model, tokenizer)?,
+    };
+    let examples = plan.examples(&data, 0, sequences.min(data.n_sequences() as usize));
+    let (mut sum, mut rows) = (0.0, 0);
+    for micro in examples.chunks(recipe.optimizer.micro_batch) {
+        let document_mask = recipe.data.document_mask;
+        let ce = without_recording(|| {
+            batch::loss(model, micro, plan.mask(), 1.0, document_mask, false)
+        });
+        let per_row = ce.per_row.to_vec()?;
+        rows += per_row.len();
+        sum += per_row.iter().map(|&c| f64::from(c)).sum::<f64>();
+    }
+    Ok(sum / rows as f64)
+}
+
 /// Opens the metrics file and cuts off what was written after the checkpoint.
 fn open_metrics(path: &Path, bytes: u64) -> Result<File> {
     let open = || -> std::io::Result<File> {
@@ -316,14 +352,13 @@ fn mask_id(recipe: &Recipe, model: &Llama, tokenizer: &Tokenizer) -> Result<u32>
 
 fn pack(
     recipe: &Recipe,
-    corpus: &Corpus,
+    documents: &[&Document],
     tokenizer: &Tokenizer,
     config: &LlamaConfig,
 ) -> Result<Packed> {
-    let train: Vec<&Document> = corpus.split(recipe.data.held_out, recipe.seed).train;
     let ours = bpe::for_corpus(&tokenizer.to_json()?)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let documents = tokenise(&train, threads, &|text| bpe::encode(&ours, text))?;
+    let documents = tokenise(documents, threads, &|text| bpe::encode(&ours, text))?;
     let eos = config.eos_token_ids.first().copied();
     let packing = Packing {
         length: recipe.data.length,

@@ -10,6 +10,7 @@ mod fields;
 mod rope;
 
 use super::weights::source::read_capped;
+use crate::ops::MOST_HEAD_DIM;
 use crate::{Error, Result};
 use fields::{Fields, shortest};
 pub use rope::RopeScaling;
@@ -24,7 +25,7 @@ const ARCHITECTURES: [&str; 3] =
 /// `config.json`.
 ///
 /// Bounds that [`LlamaConfig::validate`] enforces: vocabulary ≤ 2^24, hidden ≤ 2^17, intermediate ≤
-/// 2^19, layers ≤ 1024, heads ≤ 4096, head_dim even and ≤ 256, positions ≤ 2^30. Inside them no
+/// 2^19, layers ≤ 1024, heads ≤ 4096, head_dim a multiple of 4 and ≤ 192, positions ≤ 2^30. Inside them no
 /// product of sizes overflows `u64`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
@@ -185,7 +186,7 @@ impl LlamaConfig {
             ("num_hidden_layers", self.num_hidden_layers, 1 << 10),
             ("num_attention_heads", self.num_attention_heads, 1 << 12),
             ("num_key_value_heads", self.num_key_value_heads, 1 << 12),
-            ("head_dim", self.head_dim, 256),
+            ("head_dim", self.head_dim, MOST_HEAD_DIM),
             ("max_position_embeddings", self.max_position_embeddings, 1 << 30),
             ("block_length", self.block_length.unwrap_or(1), 1 << 20),
         ];
@@ -206,9 +207,11 @@ impl LlamaConfig {
                 ),
             ));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            let reason =
-                format!("head_dim {} is odd; rotary embedding needs an even one", self.head_dim);
+        if !self.head_dim.is_multiple_of(4) {
+            let reason = format!(
+                "head_dim {} is no multiple of 4, which the attention kernels need",
+                self.head_dim
+            );
             return Err(Error::model(path, reason));
         }
         self.validate_numbers(path)?;

@@ -15,6 +15,9 @@ const BACKWARD_DOT: Kernel = kernel!("attention_backward_dot");
 const BACKWARD_Q: Kernel = kernel!("attention_backward_q");
 const BACKWARD_KV: Kernel = kernel!("attention_backward_kv");
 
+/// The largest head dimension: tiles of eight rows then take 16 KiB of workgroup memory, what every device has.
+pub const MOST_HEAD_DIM: usize = 192;
+
 /// Which keys a query may see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mask {
@@ -69,7 +72,7 @@ struct Params {
 /// See the module's page. Gradients flow into q, k and v, unless the keys come from a cache.
 ///
 /// # Panics
-/// If shapes do not fit, a head dimension is no multiple of 4 or above 256, or a block length is zero.
+/// If shapes do not fit, a head dimension is no multiple of 4 or above [`MOST_HEAD_DIM`], or a block length is zero.
 #[track_caller]
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Tensor {
     let call = Call::new(q, k, v, options);
@@ -108,8 +111,8 @@ impl Call {
         if k.shape() != v.shape() || (kb, kh) != (batch, h) {
             fail("shapes do not fit");
         }
-        if kv_heads == 0 || heads % kv_heads != 0 || h % 4 != 0 || h > 256 {
-            fail("heads must be a multiple of key heads, head dimension a multiple of 4 up to 256");
+        if kv_heads == 0 || heads % kv_heads != 0 || h % 4 != 0 || h > MOST_HEAD_DIM {
+            fail("heads must be a multiple of key heads, head dimension a multiple of 4 up to 192");
         }
         let tk = options.keys.unwrap_or(capacity);
         let (mask, block, length) = match options.mask {

@@ -137,6 +137,8 @@ mod cases {
             case(&[2, 7], &[5], 3, false),
             case(&[3, 7], &[4, 1, 6], 5, true),
             case(&[600], &[40, 3], 4, true),
+            // Tokens repeat over more than one tile of the scan.
+            case(&[2500], &[20, 17], 3, true),
             case(&[11], &[30], 300, false),
             case(&[2, 0], &[5], 3, false),
         ];

@@ -224,7 +224,9 @@ pub use cases::cases;
 #[cfg(feature = "cases")]
 mod cases {
     use super::*;
+    use crate::autograd::{Gradients, backward};
     use crate::ops::case::{Case, Input, Tolerance};
+    use crate::ops::scale;
     use crate::tensor::host::{Array, unravel};
 
     /// y[o, i] = f over the axis.
@@ -273,6 +275,21 @@ mod cases {
         .tolerance(Tolerance::SUM)
     }
 
+    /// The gradient of a maximum of equals, as the output: it goes to the first one.
+    fn first_of_equals() -> Case {
+        let gradient = |t: &[Tensor]| {
+            let x = scale(&t[0].detach(), 0.0).trainable();
+            let y = max(&x, 1);
+            let ones = Tensor::from_f32(x.gpu(), &[1.0; 4], [4]);
+            let mut gradients = Gradients::new();
+            backward(&y, &ones, &mut gradients);
+            gradients.get(&x).expect("x is a leaf").clone()
+        };
+        Case::new("max of equals", vec![Input::Away([4, 300].into())], gradient, |_| {
+            Array::from_fn([4, 300], |i| if i % 300 == 0 { 1.0 } else { 0.0 })
+        })
+    }
+
     /// The cases of all reductions.
     pub fn cases() -> Vec<Case> {
         let total = |line: &[f64]| line.iter().sum::<f64>();
@@ -307,13 +324,7 @@ mod cases {
             sum_to_case(&[2, 3], &[1]),
             sum_to_case(&[2, 3], &[2, 3]),
             sum_to_case(&[0, 3], &[3]),
-            Case::new(
-                "max of equals",
-                vec![Input::Away([4, 300].into())],
-                // Equal elements with distinct factors: only the first one gets the gradient.
-                |t| max(&crate::ops::maximum(&t[0], &Tensor::from_f32(t[0].gpu(), &[3.0], [1])), 1),
-                |x| reduce(&x[0], 1, |line| line.iter().copied().fold(3.0, f64::max)),
-            ),
+            first_of_equals(),
         ]);
         let (rows, d, v) = (512, 576, 49152);
         let n = (rows * d) as f64;

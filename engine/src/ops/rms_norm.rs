@@ -46,8 +46,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
         let dw = need_w.then(|| {
             let chunks = rows.div_ceil(32);
             let partial = Tensor::empty(kx.gpu(), [chunks, d], DType::F32, "rms_norm");
-            let grid = [d.div_ceil(64) as u32, chunks as u32, 1];
-            DW.run(&params, &[&kx, &s, dy], &[&partial], grid);
+            DW.run(&params, &[&kx, &s, dy], &[&partial], fold(chunks * d.div_ceil(64)));
             sum(&partial, 0)
         });
         vec![dx, dw]

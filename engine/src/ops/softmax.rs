@@ -76,6 +76,8 @@ mod cases {
                 far.map_rows(row)
             },
         ));
+        // More rows than one grid dimension has workgroups.
+        cases.push(case(&[70_000, 2]));
         let n = 64.0 * 49152.0;
         cases.push(case(&[64, 49152]).cost(5.0 * n, 8.0 * n));
         cases

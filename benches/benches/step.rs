@@ -1,0 +1,120 @@
+//! Where a whole step goes: dispatches, host time per dispatch, device time by kernel, memory.
+//! `cargo bench -p demask-benches --bench step -- MODEL [train]`
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use demask_engine::autograd::{Gradients, backward};
+use demask_engine::gpu::{Gpu, GpuOptions};
+use demask_engine::model::{Inputs, KvCache, Llama, Precision};
+use demask_engine::ops::{AttentionOptions, Mask, Supervision, linear_cross_entropy};
+use demask_engine::tensor::Tensor;
+use demask_engine::{Error, Result};
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> =
+        std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let Some(model) = arguments.first() else {
+        println!("step: no model given; see benches/README.md");
+        return ExitCode::SUCCESS;
+    };
+    let run = || -> Result<()> {
+        decode(Path::new(model))?;
+        if arguments.iter().any(|a| a == "train") { train(Path::new(model)) } else { Ok(()) }
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs `step` three times untimed by the device (the last one counts), then once with timestamps.
+fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>) -> Result<()> {
+    for _ in 0..3 {
+        gpu.reset_stats();
+        gpu.reset_peak();
+        let start = Instant::now();
+        step(gpu)?;
+        gpu.sync()?;
+        let wall = start.elapsed();
+        let stats = gpu.stats();
+        let host = stats.host_time.as_secs_f64() * 1e6 / stats.dispatches.max(1) as f64;
+        println!(
+            "{name}: {} dispatches in {} batches, host {host:.2} µs a dispatch, wall {:.3} s, peak {:.0} MB",
+            stats.dispatches,
+            stats.submits,
+            wall.as_secs_f64(),
+            gpu.memory().peak as f64 / 1e6
+        );
+    }
+    timed.reset_stats();
+    step(timed)?;
+    let stats = timed.stats();
+    println!("{name}: device {:.3} s", stats.device_time().as_secs_f64());
+    let mut kernels: Vec<_> = stats.kernels.iter().collect();
+    kernels.sort_by_key(|(_, k)| std::cmp::Reverse(k.time));
+    for (kernel, k) in kernels.iter().take(8) {
+        println!("  {kernel:<28} {:>5} × {:>9.3} ms", k.count, k.time.as_secs_f64() * 1e3 / k.count as f64);
+    }
+    Ok(())
+}
+
+fn open(timestamps: bool) -> Result<Gpu> {
+    Gpu::open(GpuOptions { timestamps, ..GpuOptions::default() })
+}
+
+/// Four rows against a cache of 64, one block of a block-diffusion decode; then one row, as AR decodes.
+fn decode(path: &Path) -> Result<()> {
+    let models = [open(false)?, open(true)?]
+        .map(|gpu| Llama::load(&gpu, path, Precision::Stored))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    println!("{}", models[0].gpu().adapter().describe());
+    let prompt: Vec<u32> = (0..64).map(|i| 20 + i % 200).collect();
+    for rows in [4, 1] {
+        let step = |gpu: &Gpu| {
+            let model = models.iter().find(|m| std::ptr::eq(m.gpu().adapter(), gpu.adapter()));
+            let model = model.ok_or_else(|| Error::Request("a model per device".into()))?;
+            let mut cache = KvCache::new(gpu, model.config(), 96);
+            let hidden = model.step(&prompt[..rows], 64, Mask::BlockCausal(4), &mut cache);
+            model.logits(&hidden).to_vec().map(drop)
+        };
+        report(&format!("decode of {rows} rows"), models[0].gpu(), models[1].gpu(), step)?;
+    }
+    Ok(())
+}
+
+/// Forward, loss and backward over one sequence of 128 tokens, f32 (the optimiser adds one pass over the weights).
+fn train(path: &Path) -> Result<()> {
+    let models = [open(false)?, open(true)?]
+        .map(|gpu| Llama::load(&gpu, path, Precision::F32).map(Llama::trainable))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    let t = 128;
+    let tokens: Vec<u32> = (0..t as u32 + 1).map(|i| 20 + i * 37 % 400).collect();
+    let step = |gpu: &Gpu| {
+        let model = models.iter().find(|m| std::ptr::eq(m.gpu().adapter(), gpu.adapter()));
+        let model = model.ok_or_else(|| Error::Request("a model per device".into()))?;
+        let positions: Vec<u32> = (0..t as u32).collect();
+        let inputs = Inputs {
+            tokens: Tensor::from_u32(gpu, &tokens[..t], [1, t]),
+            positions: Tensor::from_u32(gpu, &positions, [1, t]),
+            attention: AttentionOptions::new(Mask::Causal),
+        };
+        let supervision = Supervision {
+            rows: Tensor::from_u32(gpu, &positions, [t]),
+            targets: Tensor::from_u32(gpu, &tokens[1..], [t]),
+            weights: Tensor::from_f32(gpu, &vec![1.0; t], [t]),
+            divisor: t as f32,
+        };
+        let ce = linear_cross_entropy(&model.hidden(&inputs, false), model.head(), &supervision);
+        let mut gradients = Gradients::new();
+        backward(&ce.loss, &Tensor::from_f32(gpu, &[1.0], [1]), &mut gradients);
+        ce.loss.item().map(drop)
+    };
+    report("training step", models[0].gpu(), models[1].gpu(), step)
+}

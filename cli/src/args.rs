@@ -1,0 +1,130 @@
+//! Options that several commands share, under the same names, and what they open.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use demask_engine::gpu::{ADAPTER_ENV, Gpu, GpuOptions};
+use demask_engine::model::Precision;
+
+use crate::ui::Notices;
+
+/// Where to compute, and how much to say.
+#[derive(Args)]
+pub struct Common {
+    /// GPU adapter: index, backend (vulkan, metal, dx12, gl) or part of its name
+    ///
+    /// `demask doctor` lists them. Default: the best GPU; a software adapter only where there is nothing
+    /// else. The environment variable DEMASK_ADAPTER does the same.
+    #[arg(long, value_name = "ADAPTER")]
+    pub adapter: Option<String>,
+
+    /// Print the result as one JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+
+    /// No notices and no progress on stderr, only errors
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+impl Common {
+    /// The channel for notices.
+    pub fn notices(&self) -> Notices {
+        Notices::new(self.quiet)
+    }
+
+    /// The device; a software adapter is announced.
+    pub fn open_gpu(&self) -> Result<Gpu> {
+        let gpu = Gpu::open(GpuOptions { adapter: self.adapter.clone(), ..GpuOptions::default() })?;
+        let entry = gpu.adapter();
+        if entry.is_software() {
+            let why = match self.adapter_named() {
+                Some(_) => "as asked",
+                None => "no GPU found",
+            };
+            let name = entry.describe();
+            self.notices().say(&format!("using the software adapter {name}: {why}; slow"));
+        }
+        Ok(gpu)
+    }
+
+    /// What names the adapter: the option, else the environment.
+    pub fn adapter_named(&self) -> Option<String> {
+        let named = self.adapter.clone().or_else(|| std::env::var(ADAPTER_ENV).ok());
+        named.filter(|name| !name.is_empty())
+    }
+}
+
+/// Which model, and in what precision.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Hugging Face folder (config.json, model.safetensors, tokenizer.json) or GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+
+    /// Type of the weight matrices in device memory; sums are always f32
+    #[arg(long, value_enum, default_value = "stored", value_name = "TYPE")]
+    pub precision: PrecisionArg,
+}
+
+/// [`Precision`] by name.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum PrecisionArg {
+    /// As in the file; quantised blocks become f32
+    Stored,
+    /// 4 bytes a weight
+    F32,
+    /// 2 bytes a weight, f32's range
+    Bf16,
+    /// 2 bytes a weight, finer than bf16, values up to 65504
+    F16,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(arg: PrecisionArg) -> Precision {
+        match arg {
+            PrecisionArg::Stored => Precision::Stored,
+            PrecisionArg::F32 => Precision::F32,
+            PrecisionArg::Bf16 => Precision::Bf16,
+            PrecisionArg::F16 => Precision::F16,
+        }
+    }
+}
+
+/// The text of a file, or of stdin for `-`.
+pub fn read_text(path: &std::path::Path) -> Result<String> {
+    if path.as_os_str() == "-" {
+        return std::io::read_to_string(std::io::stdin()).context("cannot read stdin as UTF-8");
+    }
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Token ids on the command line, as in `1,2,3`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ids(pub Vec<u32>);
+
+impl std::str::FromStr for Ids {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Ids, String> {
+        let parts = text.split([',', ' ', '\n']).filter(|part| !part.is_empty());
+        let ids: Result<_, _> = parts
+            .map(|part| part.parse().map_err(|_| format!("{part:?} is not a token id")))
+            .collect();
+        ids.map(Ids)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Ids;
+
+    #[test]
+    fn ids_from_a_list() {
+        assert_eq!("1,2, 3".parse(), Ok(Ids(vec![1, 2, 3])));
+        assert_eq!("".parse(), Ok(Ids(vec![])));
+        assert!("1,-2".parse::<Ids>().is_err_and(|e| e.contains("-2")));
+        assert!("4294967296".parse::<Ids>().is_err());
+    }
+}

@@ -1,0 +1,345 @@
+//! `demask demo`: a small model writes code before your eyes, learns for a minute from source code found
+//! on this machine, and writes again. The model on disk is never changed.
+
+use std::io::IsTerminal;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use demask_engine::decode::{DecodeOptions, Generation};
+use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer};
+use demask_trainer::recipe::{Data, ModelSource, Objective, Optimizer, Phase, Recipe};
+use demask_trainer::train::{Event, Trainer, held_out_loss};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use crate::args::Common;
+use crate::generate::{Output, stream, summary};
+use crate::show::{answer_text, legend};
+use crate::sources::{Language, PYTHON, Sources};
+use crate::{interrupt, ui};
+
+const EXAMPLES: &str = "\
+Examples:
+  demask demo
+  demask demo --seconds 20 --code ~/src/my-project
+  demask demo --model runs/first/model --keep runs/demo
+
+The model that comes with demask is looked for in ../share/demask/tiny-coder beside
+the program, then in trainer/models/tiny-coder of the source tree.";
+
+/// Tokens of each answer.
+const ANSWER: usize = 64;
+/// Sequences on which the loss is measured before and after.
+const MEASURED: usize = 24;
+/// Most text to learn from: reading it should not take longer than a breath.
+const MOST_BYTES: u64 = 2 << 20;
+/// More steps than any demo takes: the time decides.
+const MANY_STEPS: u64 = 1_000_000;
+
+/// Watch a small model write code, learn for a minute from code on this machine, and write again
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// A block-diffusion model instead of the one that comes with demask: Hugging Face folder or GGUF
+    #[arg(long, value_name = "PATH")]
+    model: Option<PathBuf>,
+
+    /// How long to train
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    seconds: u64,
+
+    /// Learn from the source code in this folder [default: Rust crates that cargo has fetched, else
+    /// Python's standard library]
+    #[arg(long, value_name = "DIR")]
+    code: Option<PathBuf>,
+
+    /// Keep the trained model and the run's files in this folder
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+
+    /// Names the random draws of the training
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+pub fn run(args: Args) -> Result<ExitCode> {
+    interrupt::listen("leaving after this step");
+    let path = match &args.model {
+        Some(path) => path.clone(),
+        None => shipped_model()?,
+    };
+    let gpu = args.common.open_gpu()?;
+    let stage = Stage { json: args.common.json, software: gpu.adapter().is_software() };
+    let model = Llama::load(&gpu, &path, Precision::Stored)?;
+    let config = model.config().clone();
+    let tokenizer = Tokenizer::for_model(&path, &config)?;
+    if config.mask_token_id.is_none() {
+        bail!("{}: this model has no mask token; demo needs one of block diffusion", path.display())
+    }
+    let sources = Sources::find(args.code.as_deref())?;
+    let block = DecodeOptions::block(&config)?;
+    let options = DecodeOptions { max_tokens: ANSWER, ..block };
+
+    stage.say(&format!("{}  {}", ui::heading("Device"), gpu.adapter().describe()))?;
+    stage.say(&format!(
+        "{}   {}, {} parameters, blocks of {} tokens",
+        ui::heading("Model"),
+        path.display(),
+        ui::count(config.num_parameters() as f64),
+        block_length(&config)
+    ))?;
+    let language = sources.language;
+    let mut python = None;
+    if language.name != PYTHON.name {
+        stage.title("It continues Python, a block at a time")?;
+        python = Some(stage.show(&model, &tokenizer, PYTHON, &options)?);
+    }
+    stage.title(&format!("{}, before learning", language.name))?;
+    let before = stage.show(&model, &tokenizer, language, &options)?;
+    drop(model);
+    if interrupt::asked() {
+        return Ok(ExitCode::SUCCESS);
+    }
+
+    // Dropped, and with it removed, at the end.
+    let temporary = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let folder = args.keep.as_deref().unwrap_or(temporary.path());
+    let code = folder.join("code");
+    let bytes = sources.copy(&code, MOST_BYTES)?;
+    let from = sources.root.display();
+    stage.title(&format!(
+        "Learning for {} s from {} of {} in {from}",
+        args.seconds,
+        ui::bytes(bytes),
+        language.name
+    ))?;
+    let path = path.canonicalize().unwrap_or(path);
+    let recipe = recipe(&config, &path, &code, language, stage.software, args.seed);
+    let run = folder.join("run");
+    let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &mut |_| {})?;
+    let loss = |t: &Trainer| held_out_loss(&recipe, t.model(), t.tokenizer(), MEASURED);
+    let held_out_before = loss(&trainer)?;
+    let learnt = learn(&mut trainer, &args)?;
+    let held_out_after = loss(&trainer)?;
+    stage.say(&format!(
+        "loss on files it did not learn from: {held_out_before:.3} → {held_out_after:.3} nats per hidden token \
+         (as sure as 1 choice in {:.0} → 1 in {:.0})",
+        held_out_before.exp(),
+        held_out_after.exp()
+    ))?;
+
+    stage.title(&format!("{}, after {} steps of learning", language.name, learnt.steps))?;
+    let after = stage.show(trainer.model(), &tokenizer, language, &options)?;
+    if args.common.json {
+        let answer = |g: &Generation, language: Language| {
+            json!({
+                "prompt": language.prompt,
+                "text": answer_text(&tokenizer, &g.prompt_token_ids, &g.token_ids),
+                "token_ids": g.token_ids,
+                "seconds": g.seconds,
+                "forwards": g.forwards,
+            })
+        };
+        ui::print_json(&json!({
+            "adapter": gpu.adapter().describe(),
+            "model": path.display().to_string(),
+            "code": from.to_string(),
+            "code_bytes": bytes,
+            "language": language.name,
+            "python": python.as_ref().map(|g| answer(g, PYTHON)),
+            "before": answer(&before, language),
+            "after": answer(&after, language),
+            "held_out_loss_before": held_out_before,
+            "held_out_loss_after": held_out_after,
+            "steps": learnt.steps,
+            "losses": learnt.losses,
+            "seconds": learnt.seconds,
+            "peak_bytes": gpu.memory().peak,
+            "kept": args.keep.as_ref().map(|_| learnt.checkpoint.display().to_string()),
+        }))?;
+    }
+    stage.title("What next")?;
+    match &args.keep {
+        Some(_) => {
+            let kept = learnt.checkpoint.display();
+            stage.say(&format!("demask generate --show --model {kept} --prompt 'fn main() {{'"))?;
+        }
+        None => stage.say("The model on disk is unchanged; --keep DIR keeps what was learnt.")?,
+    }
+    stage.say("demask train --help shows how to train a model of your own.")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The model that comes with demask.
+fn shipped_model() -> Result<PathBuf> {
+    let program = std::env::current_exe().unwrap_or_default();
+    let installed = program.parent().map(|bin| bin.join("../share/demask/tiny-coder"));
+    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
+    let places: Vec<PathBuf> = installed.into_iter().chain([tree]).collect();
+    let found = places.iter().find(|place| place.join("config.json").exists());
+    found.cloned().with_context(|| {
+        let places: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
+        format!(
+            "the model that comes with demask is in none of {}; name one with --model",
+            places.join(", ")
+        )
+    })
+}
+
+fn block_length(config: &LlamaConfig) -> usize {
+    config.block_length.unwrap_or(4)
+}
+
+fn recipe(
+    config: &LlamaConfig,
+    model: &Path,
+    code: &Path,
+    language: Language,
+    software: bool,
+    seed: u64,
+) -> Recipe {
+    // Steps of about a second, so that the curve has points on a CPU too.
+    let (batch, length) = if software { (4, 128) } else { (16, 256) };
+    let block_length = block_length(config);
+    let length = length.min(config.max_position_embeddings).max(block_length);
+    Recipe {
+        seed,
+        model: ModelSource { from: Some(model.to_owned()), fresh: None, mask_token: None },
+        data: Data {
+            paths: vec![code.to_owned()],
+            extensions: language.extensions.iter().map(|e| e.to_string()).collect(),
+            length: length / block_length * block_length,
+            held_out: 0.1,
+            document_mask: false,
+        },
+        optimizer: Optimizer { batch, micro_batch: batch, ..Optimizer::default() },
+        save_every: MANY_STEPS,
+        recompute: false,
+        phase: vec![Phase {
+            objective: Objective::Diffusion,
+            steps: MANY_STEPS,
+            lr: 1e-3,
+            lr_warmup: 5,
+            lr_min_ratio: 1.0,
+            block_length,
+            corruption_warmup: 0,
+            u_init: 1e-3,
+        }],
+    }
+}
+
+/// What a minute of training gave.
+struct Learnt {
+    steps: u64,
+    losses: Vec<f64>,
+    seconds: f64,
+    checkpoint: PathBuf,
+}
+
+/// Trains until the time is up, with a live curve.
+fn learn(trainer: &mut Trainer, args: &Args) -> Result<Learnt> {
+    let notices = args.common.notices();
+    let target = match notices.animated() {
+        true => ProgressDrawTarget::stderr(),
+        false => ProgressDrawTarget::hidden(),
+    };
+    let bar = ProgressBar::with_draw_target(Some(args.seconds.max(1)), target);
+    let style = ProgressStyle::with_template("{bar:20} {wide_msg}").expect("a valid template");
+    bar.set_style(style.progress_chars("━╸─"));
+    bar.set_message("first step …");
+    bar.tick();
+    let (first, began) = (trainer.step(), Instant::now());
+    let limit = Duration::from_secs(args.seconds);
+    let mut losses = Vec::new();
+    let mut checkpoint = PathBuf::new();
+    let mut line_at = Duration::ZERO;
+    trainer.run(&mut |event| {
+        match event {
+            Event::Step(metrics, _) => {
+                // The unweighted loss, as the held-out one is.
+                losses.extend(metrics.ce_per_masked);
+                let spent = began.elapsed();
+                let recent = &losses[losses.len().saturating_sub(8)..];
+                let mean = recent.iter().sum::<f64>() / recent.len().max(1) as f64;
+                let text = format!(
+                    "{}  loss {mean:.3}  step {}  {} tokens/s  {} left",
+                    ui::sparkline(&losses, 24),
+                    metrics.step,
+                    ui::count(metrics.tokens_per_second),
+                    ui::duration(limit.saturating_sub(spent))
+                );
+                bar.set_position(spent.as_secs().min(args.seconds));
+                bar.set_message(text.clone());
+                if !notices.animated() && spent >= line_at {
+                    notices.say(&text);
+                    line_at = spent + Duration::from_secs(10);
+                }
+                if spent >= limit || interrupt::asked() {
+                    return ControlFlow::Break(());
+                }
+            }
+            Event::Saved(place) => checkpoint = place.to_owned(),
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    })?;
+    bar.abandon();
+    let seconds = began.elapsed().as_secs_f64();
+    Ok(Learnt { steps: trainer.step() - first, losses, seconds, checkpoint })
+}
+
+/// Where the demo is played: the terminal, or nowhere with `--json`.
+struct Stage {
+    json: bool,
+    software: bool,
+}
+
+impl Stage {
+    fn say(&self, line: &str) -> Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        ui::print(&format!("{line}\n"))
+    }
+
+    fn title(&self, text: &str) -> Result<()> {
+        self.say(&format!("\n{}", ui::heading(text)))
+    }
+
+    fn show(
+        &self,
+        model: &Llama,
+        tokenizer: &Tokenizer,
+        language: Language,
+        options: &DecodeOptions,
+    ) -> Result<Generation> {
+        let ids = tokenizer.encode(language.prompt, true)?;
+        let room = model.config().max_position_embeddings.saturating_sub(ids.len());
+        let options = DecodeOptions { max_tokens: options.max_tokens.min(room), ..options.clone() };
+        let drawn = ui::stdout_is_terminal();
+        // A GPU would be done before anyone saw a block.
+        let pace = Duration::from_millis(if self.software { 0 } else { 60 });
+        let output = match (self.json, drawn) {
+            (true, _) => Output::Nothing,
+            (false, true) => Output::Live(pace),
+            (false, false) => Output::Stream,
+        };
+        if drawn {
+            self.say(&legend())?;
+        } else if !self.json {
+            ui::print(language.prompt)?;
+        }
+        let answer = stream(model, tokenizer, language.prompt, &ids, &options, output)?;
+        if !drawn && !std::io::stdout().is_terminal() {
+            self.say("")?;
+        }
+        self.say(&ui::dim(&summary(&answer, "diffusion")))?;
+        Ok(answer)
+    }
+}

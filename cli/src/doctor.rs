@@ -1,0 +1,277 @@
+//! `demask doctor`: which adapters there are, which one would be used and why, what it can do, whether
+//! it computes right, and what to install where something is missing.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use demask_engine::gpu::{ADAPTER_ENV, AdapterEntry, Gpu, GpuOptions, install_hint, list};
+use demask_engine::selftest::{self, Check};
+use serde_json::{Value, json};
+use wgpu::Features;
+
+use crate::args::Common;
+use crate::ui;
+
+const EXAMPLES: &str = "\
+Examples:
+  demask doctor
+  demask doctor --adapter llvmpipe     test one adapter of several
+  demask doctor --json | jq .selftest
+
+Exit code 1 if there is no adapter or a kernel gives wrong numbers.";
+
+/// Edge of the square matrices that the speed figure multiplies.
+const SPEED_SIZE: usize = 512;
+
+/// Show the adapters, their limits and features, and test the kernels' numbers on the chosen one
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What was found out about the chosen adapter.
+struct Examined {
+    gpu: Gpu,
+    why: String,
+    checks: Vec<Check>,
+    gflops: f64,
+}
+
+pub fn run(args: Args) -> Result<ExitCode> {
+    let adapters = pollster::block_on(list());
+    let examined = examine(&args.common, &adapters);
+    if args.common.json {
+        ui::print_json(&as_json(&adapters, &examined))?;
+    } else {
+        ui::print(&adapter_table(&adapters, &examined))?;
+        if let Ok(examined) = &examined {
+            ui::print(&report(examined))?;
+        }
+    }
+    let examined = examined?;
+    let failed: Vec<&str> = examined.checks.iter().filter(|c| !c.ok).map(|c| c.name).collect();
+    if failed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    anyhow::bail!(
+        "{} computes wrong: {}; update its driver, or name another adapter with --adapter",
+        examined.gpu.adapter().describe(),
+        failed.join(", ")
+    )
+}
+
+fn examine(common: &Common, adapters: &[AdapterEntry]) -> Result<Examined> {
+    let options = GpuOptions { adapter: common.adapter.clone(), ..GpuOptions::default() };
+    let gpu = Gpu::open(options)?;
+    common.notices().say("testing the kernels …");
+    let checks = selftest::run(&gpu).context("the self-test could not run")?;
+    let gflops = selftest::matmul_gflops(&gpu, SPEED_SIZE).context("the speed test")?;
+    Ok(Examined { why: why(common, gpu.adapter(), adapters), gpu, checks, gflops })
+}
+
+fn why(common: &Common, chosen: &AdapterEntry, adapters: &[AdapterEntry]) -> String {
+    let others = adapters.len() > 1;
+    match (&common.adapter, common.adapter_named()) {
+        (Some(name), _) => format!("--adapter {name} asks for it"),
+        (None, Some(name)) => format!("{ADAPTER_ENV}={name} asks for it"),
+        (None, None) if !others => "there is no other".into(),
+        (None, None) if chosen.is_software() => "there is no GPU".into(),
+        (None, None) => format!("{} is the best kind here", kind(chosen)),
+    }
+}
+
+fn kind(entry: &AdapterEntry) -> &'static str {
+    match entry.info.device_type {
+        wgpu::DeviceType::DiscreteGpu => "discrete GPU",
+        wgpu::DeviceType::IntegratedGpu => "integrated GPU",
+        wgpu::DeviceType::VirtualGpu => "virtual GPU",
+        wgpu::DeviceType::Cpu => "software",
+        wgpu::DeviceType::Other => "other",
+    }
+}
+
+/// M×N×K and types that the adapter's matrix units take.
+fn cooperative_shapes(entry: &AdapterEntry) -> Vec<String> {
+    if !entry.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        return Vec::new();
+    }
+    let descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    let backends = wgpu::Backends::from(entry.info.backend);
+    let same = pollster::block_on(wgpu::Instance::new(descriptor).enumerate_adapters(backends));
+    let same = same.into_iter().find(|adapter| adapter.get_info() == entry.info);
+    let properties = same.map(|a| a.cooperative_matrix_properties()).unwrap_or_default();
+    let shape = |p: &wgpu::CooperativeMatrixProperties| {
+        let types = format!("{:?}→{:?}", p.ab_type, p.cr_type).to_lowercase();
+        format!("{}×{}×{} {types}", p.m_size, p.n_size, p.k_size)
+    };
+    let mut shapes: Vec<String> = properties.iter().map(shape).collect();
+    shapes.dedup();
+    shapes
+}
+
+/// `None` if the tier can be used, else what is missing.
+fn tiers(entry: &AdapterEntry, shapes: &[String]) -> [(&'static str, Option<&'static str>); 3] {
+    let has = |feature| entry.features.contains(feature);
+    let subgroup = match (has(Features::SUBGROUP), has(Features::SHADER_F16)) {
+        (true, true) => None,
+        (false, true) => Some("no subgroups"),
+        (true, false) => Some("no f16"),
+        (false, false) => Some("neither subgroups nor f16"),
+    };
+    let cooperative = shapes.is_empty().then_some("the driver offers none");
+    [("base (f32)", None), ("subgroup + f16", subgroup), ("cooperative matrix", cooperative)]
+}
+
+fn adapter_table(adapters: &[AdapterEntry], examined: &Result<Examined>) -> String {
+    let mut text = format!("demask {}\n\n", env!("CARGO_PKG_VERSION"));
+    text += &format!("{}\n", ui::heading("Adapters"));
+    let chosen = examined.as_ref().ok().map(|e| e.gpu.adapter().index);
+    for entry in adapters {
+        let mark = if chosen == Some(entry.index) { "→" } else { " " };
+        let i = &entry.info;
+        let driver = format!("{} {}", i.driver, i.driver_info);
+        let (backend, kind) = (i.backend.to_str(), kind(entry));
+        text += &format!(" {mark} [{}] {}\n", entry.index, i.name);
+        text += &ui::dim(&format!("       {backend}, {kind}, driver {}\n", driver.trim()));
+    }
+    if adapters.is_empty() {
+        text += &format!("   none\n\n{}\n   {}\n", ui::heading("Remedy"), install_hint());
+    }
+    text
+}
+
+fn report(examined: &Examined) -> String {
+    let Examined { gpu, why, checks, gflops } = examined;
+    let entry = gpu.adapter();
+    let limits = &entry.limits;
+    let shapes = cooperative_shapes(entry);
+    let row = |name: &str, value: &str| format!("   {name:<22}{value}\n");
+    let mut text = format!(" → [{}] is used: {why}\n", entry.index);
+
+    text += &format!("\n{}\n", ui::heading("Limits"));
+    let binding = ui::bytes(gpu.max_binding());
+    text += &row("storage binding", &format!("{binding}; larger weights are split by rows"));
+    text += &row("buffer", &ui::bytes(limits.max_buffer_size));
+    let memory = ui::bytes(u64::from(limits.max_compute_workgroup_storage_size));
+    text += &row("workgroup memory", &memory);
+    let invocations = limits.max_compute_invocations_per_workgroup;
+    text += &row("workgroup invocations", &invocations.to_string());
+
+    text += &format!("\n{}\n", ui::heading("Features"));
+    let has = |feature| if entry.features.contains(feature) { "yes" } else { "no" };
+    let (low, high) = (entry.info.subgroup_min_size, entry.info.subgroup_max_size);
+    let subgroups = match has(Features::SUBGROUP) {
+        "yes" if low == high => format!("yes, of {low}"),
+        "yes" => format!("yes, of {low} to {high}"),
+        no => no.to_owned(),
+    };
+    text += &row("f16 arithmetic", has(Features::SHADER_F16));
+    text += &row("subgroups", &subgroups);
+    text += &row("timestamps", has(Features::TIMESTAMP_QUERY));
+    let matrices = if shapes.is_empty() { "no".to_owned() } else { shapes.join(", ") };
+    text += &row("cooperative matrix", &matrices);
+
+    text += &format!("\n{}\n", ui::heading("Kernel tiers this adapter allows"));
+    for (name, missing) in tiers(entry, &shapes) {
+        let value = missing.map_or("yes".to_owned(), |m| format!("no: {m}"));
+        text += &row(name, &value);
+    }
+
+    text += &format!("\n{}\n", ui::heading("Self-test: error against f64"));
+    for c in checks {
+        let verdict = if c.ok { ui::good("ok    ") } else { ui::bad("WRONG ") };
+        let name = c.name;
+        text += &format!("   {verdict}{name:<34}{:>8.1e} of {:.0e}\n", c.max_error, c.bound);
+    }
+    let size = format!("f32 matmul {SPEED_SIZE}³");
+    text += &format!("\n   {size}: {} GFLOP/s\n", ui::count(*gflops));
+
+    let hints = hints(entry);
+    if !hints.is_empty() {
+        text += &format!("\n{}\n", ui::heading("What would help"));
+        hints.iter().for_each(|hint| text += &ui::wrap(hint, 3));
+    }
+    text
+}
+
+/// What is missing and how to get it.
+fn hints(entry: &AdapterEntry) -> Vec<String> {
+    let mut hints = Vec::new();
+    if entry.is_software() {
+        hints.push(
+            "This is the CPU in a GPU's place. If the machine has a GPU, install its Vulkan driver: \
+             on Linux your vendor's, or Mesa's (`mesa-vulkan-drivers`) for AMD and Intel; in a \
+             container, pass the device through."
+                .to_owned(),
+        );
+        let mesa = entry.info.driver_info.strip_prefix("Mesa ");
+        let major = mesa.and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
+        if let Some(major) = major.filter(|&major| major < 24) {
+            hints.push(format!("Mesa {major} is old: release 24 or later runs several times faster."));
+        }
+    }
+    if entry.info.backend == wgpu::Backend::Gl {
+        hints.push(format!("OpenGL is the last resort and slow. {}.", install_hint()));
+    }
+    if !entry.is_software() && !entry.features.contains(Features::SUBGROUP) {
+        hints.push("Without subgroups the slower base kernels run; try a newer driver.".into());
+    }
+    hints
+}
+
+fn as_json(adapters: &[AdapterEntry], examined: &Result<Examined>) -> Value {
+    let adapter = |entry: &AdapterEntry| {
+        let has = |feature| entry.features.contains(feature);
+        let shapes = cooperative_shapes(entry);
+        let tiers: Vec<_> =
+            tiers(entry, &shapes).iter().filter(|t| t.1.is_none()).map(|t| t.0).collect();
+        let i = &entry.info;
+        let l = &entry.limits;
+        json!({
+            "index": entry.index,
+            "name": i.name,
+            "backend": i.backend.to_str(),
+            "type": kind(entry),
+            "driver": format!("{} {}", i.driver, i.driver_info).trim(),
+            "limits": {
+                "max_storage_buffer_binding_size": l.max_storage_buffer_binding_size,
+                "max_buffer_size": l.max_buffer_size,
+                "max_compute_workgroup_storage_size": l.max_compute_workgroup_storage_size,
+                "max_compute_invocations_per_workgroup": l.max_compute_invocations_per_workgroup,
+            },
+            "features": {
+                "f16": has(Features::SHADER_F16),
+                "subgroups": has(Features::SUBGROUP),
+                "subgroup_sizes": [i.subgroup_min_size, i.subgroup_max_size],
+                "timestamps": has(Features::TIMESTAMP_QUERY),
+                "cooperative_matrix": shapes,
+            },
+            "tiers": tiers,
+        })
+    };
+    let check = |c: &Check| {
+        let Check { name, max_error, bound, ok } = c;
+        json!({ "name": name, "max_error": max_error, "bound": bound, "ok": ok })
+    };
+    let mut object = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "adapters": adapters.iter().map(adapter).collect::<Vec<_>>(),
+    });
+    let found = match examined {
+        Ok(e) => json!({
+            "chosen": e.gpu.adapter().index,
+            "why": e.why,
+            "selftest": e.checks.iter().map(check).collect::<Vec<_>>(),
+            "matmul_gflops": e.gflops,
+            "hints": hints(e.gpu.adapter()),
+            "ok": e.checks.iter().all(|c| c.ok),
+        }),
+        Err(error) => json!({ "chosen": null, "error": format!("{error:#}"), "ok": false }),
+    };
+    if let (Value::Object(object), Value::Object(found)) = (&mut object, found) {
+        object.extend(found);
+    }
+    object
+}

@@ -1,0 +1,231 @@
+//! `demask train`: runs a recipe into a folder, and resumes it from there.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use demask_trainer::metrics::Metrics;
+use demask_trainer::recipe::Recipe;
+use demask_trainer::train::{Event, Outcome, Trainer};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use crate::args::Common;
+use crate::ui::Notices;
+use crate::{interrupt, ui};
+
+const EXAMPLES: &str = "\
+Examples:
+  demask train recipe.toml --out runs/first
+  demask train recipe.toml --out runs/first        the same again resumes
+  demask train recipe.toml --out runs/first --stop-after 1000
+
+A recipe, short:
+  [model.fresh]                  # or: model.from = \"DIR\"
+  vocab_size = 4096
+  hidden_size = 256
+  intermediate_size = 704
+  layers = 6
+  heads = 8
+  kv_heads = 4
+  [data]
+  paths = [\"src\"]
+  [[phase]]
+  objective = \"ar\"
+  steps = 300
+  lr = 1e-3
+  [[phase]]
+  objective = \"diffusion\"
+  steps = 300
+  lr = 1e-3
+  block_length = 4
+  corruption_warmup = 100
+
+The folder gets metrics.jsonl (one line a step), curve.svg, checkpoints/ and, at
+the end, model/ in Hugging Face layout. Ctrl-C saves a checkpoint and leaves; a
+killed run resumes from its last one, bit for bit.";
+
+/// Lines of progress are at least this far apart where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Train a model by a recipe; resumes if the folder has a checkpoint
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// The recipe, a TOML file; paths in it are relative to its folder
+    #[arg(value_name = "RECIPE.toml")]
+    recipe: PathBuf,
+
+    /// Folder of the run, made if it does not exist
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+
+    /// Leave with a checkpoint after step N of the run, to go on later
+    #[arg(long, value_name = "N")]
+    stop_after: Option<u64>,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+pub fn run(args: Args) -> Result<ExitCode> {
+    interrupt::listen("saving a checkpoint after this step");
+    let notices = args.common.notices();
+    let recipe = Recipe::read(&args.recipe)?;
+    let (length, batch) = (recipe.data.length, recipe.optimizer.batch);
+    let total = recipe.total_steps();
+    let gpu = args.common.open_gpu()?;
+    notices.say(&format!("training on {}", gpu.adapter().describe()));
+    let mut trainer =
+        Trainer::open(&gpu, recipe, &args.out, &mut |event| announce(notices, &event))?;
+    let parameters = trainer.model().config().num_parameters();
+    notices.say(&format!("model      {} parameters", ui::count(parameters as f64)));
+
+    let first = trainer.step();
+    let mut progress = Progress::new(notices, first, total);
+    let mut last = None;
+    let mut checkpoint = None;
+    let stop_after = args.stop_after.unwrap_or(u64::MAX);
+    // Nothing to do is no reason for another step.
+    let outcome = if first >= stop_after.min(total) && first < total {
+        Outcome::Stopped(first)
+    } else {
+        trainer.run(&mut |event| match event {
+            Event::Step(metrics, _) => {
+                progress.step(metrics);
+                last = Some(metrics.clone());
+                match interrupt::asked() || metrics.step >= stop_after {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            }
+            Event::Saved(place) => {
+                checkpoint = Some(place.to_owned());
+                ControlFlow::Continue(())
+            }
+            _ => ControlFlow::Continue(()),
+        })?
+    };
+    let seconds = progress.finish();
+    let steps = trainer.step() - first;
+    let tokens = steps * (length * batch) as u64;
+    let peak = gpu.memory().peak;
+    let out = args.out.display();
+    let again = format!("demask train {} --out {out}", args.recipe.display());
+    notices.say(&match &outcome {
+        Outcome::Finished(_) => format!("finished: {total} steps"),
+        Outcome::Stopped(step) => format!("stopped after step {step} of {total}; go on: {again}"),
+    });
+    notices.say(&format!(
+        "{steps} steps, {} tokens in {} ({} tokens/s); device memory at most {}; curve: {}",
+        ui::count(tokens as f64),
+        ui::duration(Duration::from_secs_f64(seconds)),
+        ui::count(tokens as f64 / seconds.max(1e-9)),
+        ui::bytes(peak),
+        args.out.join("curve.svg").display()
+    ));
+    let model = match &outcome {
+        Outcome::Finished(model) => Some(model.clone()),
+        Outcome::Stopped(_) => None,
+    };
+    if args.common.json {
+        ui::print_json(&json!({
+            "finished": model.is_some(),
+            "step": trainer.step(),
+            "total_steps": total,
+            "resumed_from": first,
+            "loss": last.as_ref().map(|m| m.loss),
+            "ce_per_masked": last.as_ref().and_then(|m| m.ce_per_masked),
+            "grad_norm": last.as_ref().map(|m| m.grad_norm),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens as f64 / seconds.max(1e-9),
+            "parameters": parameters,
+            "peak_bytes": peak,
+            "adapter": gpu.adapter().describe(),
+            "out": out.to_string(),
+            "checkpoint": checkpoint.map(|c| c.display().to_string()),
+            "model": model.map(|m| m.display().to_string()),
+        }))?;
+    } else if let Some(model) = model {
+        ui::print(&format!("{}\n", model.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is worth a line while a run is opened.
+pub fn announce(notices: Notices, event: &Event<'_>) {
+    let line = match event {
+        Event::Corpus(report) => {
+            let report = report.to_string();
+            report.lines().map(|l| format!("corpus     {l}")).collect::<Vec<_>>().join("\n")
+        }
+        Event::Tokenizer(size) => format!("tokenizer  {size} tokens, trained on this text"),
+        Event::Packed { sequences, tokens } => {
+            let tokens = ui::count(*tokens as f64);
+            format!("data       {sequences} sequences, {tokens} tokens an epoch")
+        }
+        Event::Resumed(step) => format!("resuming after step {step}"),
+        Event::Step(..) | Event::Saved(_) => return,
+    };
+    notices.say(&line);
+}
+
+/// A bar on a terminal, a line now and then elsewhere.
+struct Progress {
+    bar: ProgressBar,
+    notices: Notices,
+    first: u64,
+    total: u64,
+    began: Instant,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    fn new(notices: Notices, first: u64, total: u64) -> Self {
+        let target = match notices.animated() {
+            true => ProgressDrawTarget::stderr(),
+            false => ProgressDrawTarget::hidden(),
+        };
+        let bar = ProgressBar::with_draw_target(Some(total), target).with_position(first);
+        let style = ProgressStyle::with_template("{bar:24} {pos}/{len}  {wide_msg}");
+        bar.set_style(style.expect("the template is valid").progress_chars("━╸─"));
+        bar.set_message("first step …");
+        bar.tick();
+        Progress { bar, notices, first, total, began: Instant::now(), last_line: None }
+    }
+
+    fn step(&mut self, metrics: &Metrics) {
+        let done = metrics.step - self.first;
+        let left = self.total.saturating_sub(metrics.step);
+        let eta = self.began.elapsed().mul_f64(left as f64 / done.max(1) as f64);
+        let ce = metrics.ce_per_masked.filter(|_| metrics.phase != "ar");
+        let ce = ce.map_or(String::new(), |ce| format!("  ce {ce:.3}"));
+        let text = format!(
+            "{}  loss {:.4}{ce}  grad {}  {} tokens/s  ETA {}",
+            metrics.phase,
+            metrics.loss,
+            ui::count(metrics.grad_norm),
+            ui::count(metrics.tokens_per_second),
+            ui::duration(eta)
+        );
+        if self.notices.animated() {
+            self.bar.set_position(metrics.step);
+            self.bar.set_message(text);
+            return;
+        }
+        let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY);
+        if due || metrics.step == self.total {
+            self.notices.say(&format!("step {}/{}  {text}", metrics.step, self.total));
+            self.last_line = Some(Instant::now());
+        }
+    }
+
+    /// Leaves the bar as it is and returns the seconds since the start.
+    fn finish(&self) -> f64 {
+        self.bar.abandon();
+        self.began.elapsed().as_secs_f64()
+    }
+}

@@ -1,0 +1,184 @@
+//! Memory of a device: allocation under a budget, uploads, copies, guards.
+
+use std::fmt::Display;
+use std::rc::Rc;
+
+use super::batch::Reported;
+use super::buffer::{Allocation, GUARD_BYTES, GUARD_WORD, Pool};
+use super::{Buffer, Gpu, Memory};
+use crate::{Error, Result};
+
+/// Uploads larger than this are split, so that staging memory stays bounded.
+const UPLOAD_CHUNK: usize = 32 << 20;
+
+impl Gpu {
+    /// Live, peak and reserved bytes.
+    pub fn memory(&self) -> Memory {
+        self.0.pool.borrow().memory
+    }
+
+    /// Starts a new peak from what is live now.
+    pub fn reset_peak(&self) {
+        let mut pool = self.0.pool.borrow_mut();
+        pool.memory.peak = pool.memory.live;
+    }
+
+    /// Limits live bytes; an allocation past it fails by name.
+    pub fn set_budget(&self, bytes: u64) {
+        self.0.budget.set(bytes);
+    }
+
+    /// Allocates `bytes` of device memory for `tensor` on behalf of `op`; both are only for error messages.
+    /// The contents are undefined. When memory is short the fault is kept and a minimal buffer returned.
+    pub fn alloc(&self, bytes: u64, op: &str, tensor: &dyn Display) -> Buffer {
+        let inner = &self.0;
+        let guard = if inner.options.guards { GUARD_BYTES } else { 0 };
+        if bytes > inner.max_binding {
+            let limit = inner.max_binding;
+            self.fail(Error::TooLarge { op: op.into(), tensor: tensor.to_string(), bytes, limit });
+            return self.alloc(0, op, tensor);
+        }
+        let padded = bytes.next_multiple_of(16);
+        let class = Pool::class(padded + guard).min(inner.device.limits().max_buffer_size & !255);
+        let pooled = inner.pool.borrow_mut().take(class);
+        let (raw, id) = match pooled {
+            Some(found) => found,
+            None => match self.create(class, op, tensor) {
+                Some(raw) => {
+                    let id = inner.pool.borrow_mut().adopt(class);
+                    (raw, id)
+                }
+                None => return self.alloc(0, op, tensor),
+            },
+        };
+        let buffer = Buffer(Rc::new(Allocation { raw, id, bytes, gpu: Rc::downgrade(&self.0) }));
+        if inner.options.guards {
+            let words = [GUARD_WORD; GUARD_BYTES as usize / 4];
+            self.flush();
+            inner.queue.write_buffer(&buffer.0.raw, padded, bytemuck::cast_slice(&words));
+        }
+        buffer
+    }
+
+    /// A new buffer from the driver; the pool is emptied first if the budget or the device is short.
+    fn create(&self, class: u64, op: &str, tensor: &dyn Display) -> Option<wgpu::Buffer> {
+        let inner = &self.0;
+        let short = |gpu: &Gpu| {
+            let memory = gpu.memory();
+            gpu.fail(Error::OutOfMemory {
+                op: op.into(),
+                tensor: tensor.to_string(),
+                bytes: class,
+                live: memory.live,
+                reserved: memory.reserved,
+                budget: inner.budget.get(),
+            });
+        };
+        // The smallest class always succeeds: it is what a failed allocation returns.
+        if class > 512 {
+            if self.memory().reserved + class > inner.budget.get() {
+                self.trim();
+            }
+            if self.memory().live + class > inner.budget.get() {
+                short(self);
+                return None;
+            }
+        }
+        let descriptor = wgpu::BufferDescriptor {
+            label: None,
+            size: class,
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_SRC
+                | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        };
+        let raw = inner.device.create_buffer(&descriptor);
+        if !self.out_of_memory() {
+            return Some(raw);
+        }
+        self.trim();
+        let raw = inner.device.create_buffer(&descriptor);
+        if self.out_of_memory() {
+            short(self);
+            return None;
+        }
+        Some(raw)
+    }
+
+    /// Takes an out-of-memory report, if that is what was reported.
+    fn out_of_memory(&self) -> bool {
+        let mut slot = self.0.reported.lock().unwrap_or_else(|e| e.into_inner());
+        matches!(*slot, Some(Reported::OutOfMemory(_))) && slot.take().is_some()
+    }
+
+    /// Gives pooled memory back to the driver.
+    pub fn trim(&self) {
+        self.flush();
+        if self.0.pool.borrow_mut().trim() {
+            self.0.cache.borrow_mut().groups.clear();
+            let _ = self.0.device.poll(wgpu::PollType::wait_indefinitely());
+        }
+    }
+
+    /// Copies `bytes` into `buffer` at `offset` (a multiple of 4), in chunks.
+    pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
+        if self.faulted() || bytes.is_empty() {
+            return;
+        }
+        // A queue write runs before the next submit; what is recorded now must run before the write.
+        self.flush();
+        let split = bytes.len() > UPLOAD_CHUNK;
+        for (i, chunk) in bytes.chunks(UPLOAD_CHUNK).enumerate() {
+            let at = offset + (i * UPLOAD_CHUNK) as u64;
+            let whole = chunk.len() & !3;
+            self.0.queue.write_buffer(&buffer.0.raw, at, &chunk[..whole]);
+            if whole < chunk.len() {
+                let mut word = [0; 4];
+                word[..chunk.len() - whole].copy_from_slice(&chunk[whole..]);
+                self.0.queue.write_buffer(&buffer.0.raw, at + whole as u64, &word);
+            }
+            if split {
+                // Frees the staging memory of this chunk before the next one takes more.
+                self.0.queue.submit([]);
+                let _ = self.0.device.poll(wgpu::PollType::wait_indefinitely());
+            }
+        }
+    }
+
+    /// Records a copy between two buffers; offsets and size are multiples of 4.
+    pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, bytes: u64) {
+        if self.faulted() || bytes == 0 {
+            return;
+        }
+        let mut batch = self.0.batch.borrow_mut();
+        batch.pass = None;
+        batch.encoder(&self.0.device).copy_buffer_to_buffer(
+            &from.0.raw,
+            from_offset,
+            &to.0.raw,
+            to_offset,
+            bytes,
+        );
+    }
+
+    /// Records a fill of the whole buffer with zeros.
+    pub fn zero(&self, buffer: &Buffer) {
+        if self.faulted() || buffer.bytes() == 0 {
+            return;
+        }
+        let mut batch = self.0.batch.borrow_mut();
+        batch.pass = None;
+        let bytes = buffer.bytes().next_multiple_of(4);
+        batch.encoder(&self.0.device).clear_buffer(&buffer.0.raw, 0, Some(bytes));
+    }
+
+    /// In guard mode, says whether the pattern behind `buffer` is intact.
+    pub fn check_guards(&self, buffer: &Buffer) -> Result<bool> {
+        if !self.0.options.guards {
+            return Ok(true);
+        }
+        let at = buffer.bytes().next_multiple_of(16);
+        let bytes = pollster::block_on(self.read_async(buffer, at, GUARD_BYTES))?;
+        Ok(bytes.chunks_exact(4).all(|w| w == GUARD_WORD.to_ne_bytes()))
+    }
+}

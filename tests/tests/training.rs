@@ -1,0 +1,189 @@
+//! Training runs: an interrupted run is bit for bit the unbroken one, losses fall, the split into micro-batches does
+//! not matter, and recipes and checkpoints refuse what does not fit.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use demask_engine::gpu::Gpu;
+use demask_engine::model::{Llama, Precision};
+use demask_tests::gpu;
+use demask_trainer::checkpoint;
+use demask_trainer::metrics::{Metrics, read_metrics};
+use demask_trainer::recipe::Recipe;
+use demask_trainer::train::{Event, Outcome, Trainer};
+
+/// A folder of small source files: real text, this workspace's own.
+fn corpus(folder: &Path) {
+    let sources = [
+        ("a/model.py", include_str!("model.rs")),
+        ("b/ops.py", include_str!("ops.rs")),
+        ("c/training.py", include_str!("training.rs")),
+        ("d/tests.py", include_str!("../src/lib.rs")),
+    ];
+    for (name, text) in sources {
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+}
+
+fn recipe(corpus: &Path, text: &str) -> Recipe {
+    let base = format!(
+        r#"
+        seed = 3
+        save_every = 4
+        {text}
+        [model.fresh]
+        vocab_size = 300
+        hidden_size = 32
+        intermediate_size = 48
+        layers = 2
+        heads = 4
+        kv_heads = 2
+        [data]
+        paths = [{corpus:?}]
+        length = 32
+        [optimizer]
+        batch = 4
+        micro_batch = 2
+        [[phase]]
+        objective = "ar"
+        steps = 9
+        lr = 1e-2
+        lr_warmup = 2
+        [[phase]]
+        objective = "diffusion"
+        steps = 9
+        lr = 1e-2
+        block_length = 4
+        corruption_warmup = 4
+        u_init = 0.2
+        "#
+    );
+    let recipe: Recipe = toml::from_str(&base).unwrap();
+    recipe.check().unwrap();
+    recipe
+}
+
+/// Runs until `stop` steps are done in this process, without a word to the trainer: as a kill would.
+fn run_for(gpu: &Gpu, recipe: &Recipe, run: &Path, stop: u64) -> Option<Outcome> {
+    let mut trainer = Trainer::open(gpu, recipe.clone(), run, &mut |_| {}).unwrap();
+    struct Killed;
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        trainer.run(&mut |event| {
+            if let Event::Step(metrics, _) = event
+                && metrics.step == stop
+            {
+                std::panic::panic_any(Killed);
+            }
+            ControlFlow::Continue(())
+        })
+    }));
+    match outcome {
+        Ok(outcome) => Some(outcome.unwrap()),
+        Err(cause) if cause.is::<Killed>() => None,
+        Err(cause) => std::panic::resume_unwind(cause),
+    }
+}
+
+/// What must be equal to the bit; speeds may differ.
+fn bits(metrics: &[Metrics]) -> Vec<(u64, u64, u64, Option<u64>)> {
+    metrics
+        .iter()
+        .map(|m| {
+            (m.step, m.loss.to_bits(), m.grad_norm.to_bits(), m.ce_per_masked.map(f64::to_bits))
+        })
+        .collect()
+}
+
+#[test]
+fn an_interrupted_run_is_bit_for_bit_the_unbroken_one() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    corpus(&folder.path().join("corpus"));
+    let recipe = recipe(&folder.path().join("corpus"), "");
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    assert!(matches!(run_for(&gpu, &recipe, &whole, u64::MAX), Some(Outcome::Finished(_))));
+    // Before the first checkpoint, right after one, in the warm-up of the second phase, near the end.
+    for stop in [3, 8, 11, 17] {
+        assert_eq!(run_for(&gpu, &recipe, &broken, stop), None);
+    }
+    assert!(matches!(run_for(&gpu, &recipe, &broken, u64::MAX), Some(Outcome::Finished(_))));
+    let read = |run: &Path| bits(&read_metrics(&run.join("metrics.jsonl")).unwrap());
+    assert_eq!(read(&whole).len(), 18);
+    assert_eq!(read(&whole), read(&broken));
+    let weights = |run: &Path| std::fs::read(run.join("model/model.safetensors")).unwrap();
+    assert!(weights(&whole) == weights(&broken), "final weights differ");
+    let curve = std::fs::read_to_string(whole.join("curve.svg")).unwrap();
+    assert!(curve.contains("<svg"));
+}
+
+#[test]
+fn losses_fall_and_the_split_into_micro_batches_does_not_matter() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    corpus(&folder.path().join("corpus"));
+    let mut recipe = recipe(&folder.path().join("corpus"), "");
+    recipe.phase[0].steps = 40;
+    let losses = |recipe: &Recipe, name: &str, steps: u64| {
+        let run = folder.path().join(name);
+        let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &mut |_| {}).unwrap();
+        (0..steps).map(|_| trainer.train_step().unwrap().loss).collect::<Vec<f64>>()
+    };
+    let split = losses(&recipe, "split", 30);
+    assert!(split[29] < split[0] - 0.8, "from {} to {}", split[0], split[29]);
+    recipe.optimizer.micro_batch = 4;
+    for (a, b) in split.iter().zip(losses(&recipe, "whole", 5)) {
+        assert!((a - b).abs() < 1e-4 * b.abs(), "{a} split, {b} whole");
+    }
+}
+
+#[test]
+fn another_recipe_is_refused_and_shown() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    corpus(&folder.path().join("corpus"));
+    let recipe = recipe(&folder.path().join("corpus"), "");
+    let run = folder.path().join("run");
+    run_for(&gpu, &recipe, &run, 5);
+    let mut other = recipe.clone();
+    other.optimizer.clip = 2.0;
+    let error = Trainer::open(&gpu, other, &run, &mut |_| {}).err().expect("refused");
+    let text = format!("{error:#}");
+    assert!(text.contains("- clip = 1.0") && text.contains("+ clip = 2.0"), "{text}");
+}
+
+#[test]
+fn a_checkpoint_is_a_model_and_old_ones_go() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    corpus(&folder.path().join("corpus"));
+    let recipe = recipe(&folder.path().join("corpus"), "");
+    let run = folder.path().join("run");
+    run_for(&gpu, &recipe, &run, u64::MAX);
+    let kept: Vec<u64> = checkpoint::list(&run).unwrap().iter().map(|c| c.0).collect();
+    assert_eq!(kept, [16, 18]);
+    let model = Llama::load(&gpu, &run.join("model"), Precision::Stored).unwrap();
+    assert_eq!((model.config().block_length, model.config().mask_token_id), (Some(4), Some(1)));
+}
+
+#[test]
+fn recipes_are_checked() {
+    let folder = Path::new("corpus");
+    let good = toml::to_string(&recipe(folder, "")).unwrap();
+    let broken = [
+        ("steps = 9", "steps = 0", "steps"),
+        ("batch = 4", "batch = 0", "batch"),
+        ("length = 32", "length = 30", "block_length"),
+        ("clip = 1.0", "clip = 0.0", "clip"),
+        ("held_out = 0.01", "held_out = 1.5", "held_out"),
+    ];
+    for (from, to, named) in broken {
+        assert!(good.contains(from), "{from} in {good}");
+        let recipe: Recipe = toml::from_str(&good.replacen(from, to, 1)).unwrap();
+        let error = recipe.check().unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    }
+    let unknown = good.replacen("steps = 9", "stepz = 9", 1);
+    assert!(toml::from_str::<Recipe>(&unknown).unwrap_err().to_string().contains("stepz"));
+}
