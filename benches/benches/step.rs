@@ -58,7 +58,11 @@ fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>)
     let mut kernels: Vec<_> = stats.kernels.iter().collect();
     kernels.sort_by_key(|(_, k)| std::cmp::Reverse(k.time));
     for (kernel, k) in kernels.iter().take(8) {
-        println!("  {kernel:<28} {:>5} × {:>9.3} ms", k.count, k.time.as_secs_f64() * 1e3 / k.count as f64);
+        println!(
+            "  {kernel:<28} {:>5} × {:>9.3} ms",
+            k.count,
+            k.time.as_secs_f64() * 1e3 / k.count as f64
+        );
     }
     Ok(())
 }

@@ -14,8 +14,8 @@ use crate::ui::Notices;
 pub struct Common {
     /// GPU adapter: index, backend (vulkan, metal, dx12, gl) or part of its name
     ///
-    /// `demask doctor` lists them. Default: the best GPU; a software adapter only where there is nothing
-    /// else. The environment variable DEMASK_ADAPTER does the same.
+    /// `demask doctor` lists them. Default: the best GPU; a software adapter only where there is
+    /// nothing else. The environment variable DEMASK_ADAPTER does the same.
     #[arg(long, value_name = "ADAPTER")]
     pub adapter: Option<String>,
 
@@ -40,11 +40,11 @@ impl Common {
         let entry = gpu.adapter();
         if entry.is_software() {
             let why = match self.adapter_named() {
-                Some(_) => "as asked",
-                None => "no GPU found",
+                Some(_) => "as asked, and slow",
+                None => "no GPU found, so this is slow (see demask doctor)",
             };
-            let name = entry.describe();
-            self.notices().say(&format!("using the software adapter {name}: {why}; slow"));
+            let name = &entry.info.name;
+            self.notices().say(&format!("using the software adapter {name}: {why}"));
         }
         Ok(gpu)
     }

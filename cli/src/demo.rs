@@ -1,7 +1,6 @@
-//! `demask demo`: a small model writes code before your eyes, learns for a minute from source code found
-//! on this machine, and writes again. The model on disk is never changed.
+//! `demask demo`: a small model writes code before your eyes, learns for a minute from source code
+//! found on this machine, and writes again. The model on disk is never changed.
 
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use demask_engine::decode::{DecodeOptions, Generation};
+use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer};
 use demask_trainer::recipe::{Data, ModelSource, Objective, Optimizer, Phase, Recipe};
 use demask_trainer::train::{Event, Trainer, held_out_loss};
@@ -43,7 +43,8 @@ const MANY_STEPS: u64 = 1_000_000;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// A block-diffusion model instead of the one that comes with demask: Hugging Face folder or GGUF
+    /// A block-diffusion model instead of the one that comes with demask: Hugging Face folder or
+    /// GGUF
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
 
@@ -75,33 +76,26 @@ pub fn run(args: Args) -> Result<ExitCode> {
         None => shipped_model()?,
     };
     let gpu = args.common.open_gpu()?;
-    let stage = Stage { json: args.common.json, software: gpu.adapter().is_software() };
     let model = Llama::load(&gpu, &path, Precision::Stored)?;
     let config = model.config().clone();
     let tokenizer = Tokenizer::for_model(&path, &config)?;
     if config.mask_token_id.is_none() {
         bail!("{}: this model has no mask token; demo needs one of block diffusion", path.display())
     }
+    let options = DecodeOptions { max_tokens: ANSWER, ..DecodeOptions::block(&config)? };
     let sources = Sources::find(args.code.as_deref())?;
-    let block = DecodeOptions::block(&config)?;
-    let options = DecodeOptions { max_tokens: ANSWER, ..block };
+    let software = gpu.adapter().is_software();
+    let stage = Stage { json: args.common.json, software, tokenizer, options };
+    stage.introduce(&gpu, &path, &config)?;
 
-    stage.say(&format!("{}  {}", ui::heading("Device"), gpu.adapter().describe()))?;
-    stage.say(&format!(
-        "{}   {}, {} parameters, blocks of {} tokens",
-        ui::heading("Model"),
-        path.display(),
-        ui::count(config.num_parameters() as f64),
-        block_length(&config)
-    ))?;
     let language = sources.language;
     let mut python = None;
     if language.name != PYTHON.name {
         stage.title("It continues Python, a block at a time")?;
-        python = Some(stage.show(&model, &tokenizer, PYTHON, &options)?);
+        python = Some(stage.show(&model, PYTHON)?);
     }
     stage.title(&format!("{}, before learning", language.name))?;
-    let before = stage.show(&model, &tokenizer, language, &options)?;
+    let before = stage.show(&model, language)?;
     drop(model);
     if interrupt::asked() {
         return Ok(ExitCode::SUCCESS);
@@ -109,67 +103,37 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
     // Dropped, and with it removed, at the end.
     let temporary = tempfile::tempdir().context("cannot make a temporary folder")?;
-    let folder = args.keep.as_deref().unwrap_or(temporary.path());
-    let code = folder.join("code");
-    let bytes = sources.copy(&code, MOST_BYTES)?;
-    let from = sources.root.display();
-    stage.title(&format!(
-        "Learning for {} s from {} of {} in {from}",
-        args.seconds,
-        ui::bytes(bytes),
-        language.name
-    ))?;
-    let path = path.canonicalize().unwrap_or(path);
-    let recipe = recipe(&config, &path, &code, language, stage.software, args.seed);
-    let run = folder.join("run");
-    let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &mut |_| {})?;
-    let loss = |t: &Trainer| held_out_loss(&recipe, t.model(), t.tokenizer(), MEASURED);
-    let held_out_before = loss(&trainer)?;
-    let learnt = learn(&mut trainer, &args)?;
-    let held_out_after = loss(&trainer)?;
-    stage.say(&format!(
-        "loss on files it did not learn from: {held_out_before:.3} → {held_out_after:.3} nats per hidden token \
-         (as sure as 1 choice in {:.0} → 1 in {:.0})",
-        held_out_before.exp(),
-        held_out_after.exp()
-    ))?;
-
+    let folder = std::path::absolute(args.keep.as_deref().unwrap_or(temporary.path()))?;
+    let recipe = recipe(&config, &path, &folder.join("code"), language, software, args.seed)?;
+    let (trainer, learnt) = learn(&gpu, recipe, &folder, &sources, &stage, &args)?;
+    if interrupt::asked() {
+        return Ok(ExitCode::SUCCESS);
+    }
     stage.title(&format!("{}, after {} steps of learning", language.name, learnt.steps))?;
-    let after = stage.show(trainer.model(), &tokenizer, language, &options)?;
+    let after = stage.show(trainer.model(), language)?;
+
+    let kept = args.keep.as_ref().map(|_| learnt.checkpoint.display().to_string());
     if args.common.json {
-        let answer = |g: &Generation, language: Language| {
-            json!({
-                "prompt": language.prompt,
-                "text": answer_text(&tokenizer, &g.prompt_token_ids, &g.token_ids),
-                "token_ids": g.token_ids,
-                "seconds": g.seconds,
-                "forwards": g.forwards,
-            })
-        };
         ui::print_json(&json!({
             "adapter": gpu.adapter().describe(),
             "model": path.display().to_string(),
-            "code": from.to_string(),
-            "code_bytes": bytes,
+            "code": sources.root.display().to_string(),
             "language": language.name,
-            "python": python.as_ref().map(|g| answer(g, PYTHON)),
-            "before": answer(&before, language),
-            "after": answer(&after, language),
-            "held_out_loss_before": held_out_before,
-            "held_out_loss_after": held_out_after,
+            "python": python.as_ref().map(|g| stage.as_json(g, PYTHON)),
+            "before": stage.as_json(&before, language),
+            "after": stage.as_json(&after, language),
+            "held_out_loss_before": learnt.held_out_before,
+            "held_out_loss_after": learnt.held_out_after,
             "steps": learnt.steps,
             "losses": learnt.losses,
             "seconds": learnt.seconds,
             "peak_bytes": gpu.memory().peak,
-            "kept": args.keep.as_ref().map(|_| learnt.checkpoint.display().to_string()),
+            "kept": kept,
         }))?;
     }
     stage.title("What next")?;
-    match &args.keep {
-        Some(_) => {
-            let kept = learnt.checkpoint.display();
-            stage.say(&format!("demask generate --show --model {kept} --prompt 'fn main() {{'"))?;
-        }
+    match kept {
+        Some(model) => stage.say(&format!("demask generate --show --model {model} --prompt …"))?,
         None => stage.say("The model on disk is unchanged; --keep DIR keeps what was learnt.")?,
     }
     stage.say("demask train --help shows how to train a model of your own.")?;
@@ -203,14 +167,15 @@ fn recipe(
     language: Language,
     software: bool,
     seed: u64,
-) -> Recipe {
+) -> Result<Recipe> {
+    let model = std::path::absolute(model)?;
     // Steps of about a second, so that the curve has points on a CPU too.
     let (batch, length) = if software { (4, 128) } else { (16, 256) };
     let block_length = block_length(config);
     let length = length.min(config.max_position_embeddings).max(block_length);
-    Recipe {
+    Ok(Recipe {
         seed,
-        model: ModelSource { from: Some(model.to_owned()), fresh: None, mask_token: None },
+        model: ModelSource { from: Some(model), fresh: None, mask_token: None },
         data: Data {
             paths: vec![code.to_owned()],
             extensions: language.extensions.iter().map(|e| e.to_string()).collect(),
@@ -231,7 +196,7 @@ fn recipe(
             corruption_warmup: 0,
             u_init: 1e-3,
         }],
-    }
+    })
 }
 
 /// What a minute of training gave.
@@ -240,10 +205,42 @@ struct Learnt {
     losses: Vec<f64>,
     seconds: f64,
     checkpoint: PathBuf,
+    held_out_before: f64,
+    held_out_after: f64,
 }
 
-/// Trains until the time is up, with a live curve.
-fn learn(trainer: &mut Trainer, args: &Args) -> Result<Learnt> {
+/// Copies the code, trains on it, and measures before and after.
+fn learn(
+    gpu: &Gpu,
+    recipe: Recipe,
+    folder: &Path,
+    sources: &Sources,
+    stage: &Stage,
+    args: &Args,
+) -> Result<(Trainer, Learnt)> {
+    let size = sources.copy(&folder.join("code"), MOST_BYTES)?;
+    stage.title(&format!("Learning {} for {} s", sources.language.name, args.seconds))?;
+    stage.say(&ui::dim(&format!("from {} of {}", ui::bytes(size), sources.root.display())))?;
+    let mut trainer = Trainer::open(gpu, recipe.clone(), &folder.join("run"), &mut |_| {})?;
+    let loss = |t: &Trainer| held_out_loss(&recipe, t.model(), t.tokenizer(), MEASURED);
+    let held_out_before = loss(&trainer)?;
+    let (first, began) = (trainer.step(), Instant::now());
+    let (losses, checkpoint) = train(&mut trainer, args)?;
+    let seconds = began.elapsed().as_secs_f64();
+    let held_out_after = loss(&trainer)?;
+    stage.say(&format!(
+        "On files it has not learnt from: loss {held_out_before:.3} → {held_out_after:.3},\n\
+         as if each hidden token were a choice among {} → {}.",
+        ui::count(held_out_before.exp()),
+        ui::count(held_out_after.exp())
+    ))?;
+    let steps = trainer.step() - first;
+    let learnt = Learnt { steps, losses, seconds, checkpoint, held_out_before, held_out_after };
+    Ok((trainer, learnt))
+}
+
+/// Trains until the time is up, with a live curve. Returns each step's loss, and the checkpoint.
+fn train(trainer: &mut Trainer, args: &Args) -> Result<(Vec<f64>, PathBuf)> {
     let notices = args.common.notices();
     let target = match notices.animated() {
         true => ProgressDrawTarget::stderr(),
@@ -254,7 +251,7 @@ fn learn(trainer: &mut Trainer, args: &Args) -> Result<Learnt> {
     bar.set_style(style.progress_chars("━╸─"));
     bar.set_message("first step …");
     bar.tick();
-    let (first, began) = (trainer.step(), Instant::now());
+    let began = Instant::now();
     let limit = Duration::from_secs(args.seconds);
     let mut losses = Vec::new();
     let mut checkpoint = PathBuf::new();
@@ -290,14 +287,15 @@ fn learn(trainer: &mut Trainer, args: &Args) -> Result<Learnt> {
         ControlFlow::Continue(())
     })?;
     bar.abandon();
-    let seconds = began.elapsed().as_secs_f64();
-    Ok(Learnt { steps: trainer.step() - first, losses, seconds, checkpoint })
+    Ok((losses, checkpoint))
 }
 
 /// Where the demo is played: the terminal, or nowhere with `--json`.
 struct Stage {
     json: bool,
     software: bool,
+    tokenizer: Tokenizer,
+    options: DecodeOptions,
 }
 
 impl Stage {
@@ -312,16 +310,26 @@ impl Stage {
         self.say(&format!("\n{}", ui::heading(text)))
     }
 
-    fn show(
-        &self,
-        model: &Llama,
-        tokenizer: &Tokenizer,
-        language: Language,
-        options: &DecodeOptions,
-    ) -> Result<Generation> {
-        let ids = tokenizer.encode(language.prompt, true)?;
+    fn introduce(&self, gpu: &Gpu, path: &Path, config: &LlamaConfig) -> Result<()> {
+        self.say(&format!("{}  {}", ui::heading("Device"), gpu.adapter().describe()))?;
+        self.say(&format!(
+            "{}   {}, {} parameters, blocks of {} tokens",
+            ui::heading("Model"),
+            path.display(),
+            ui::count(config.num_parameters() as f64),
+            block_length(config)
+        ))?;
+        match ui::stdout_is_terminal() {
+            true => self.say(&format!("        {}", legend())),
+            false => Ok(()),
+        }
+    }
+
+    /// Shows how the model goes on with the language's prompt.
+    fn show(&self, model: &Llama, language: Language) -> Result<Generation> {
+        let ids = self.tokenizer.encode(language.prompt, true)?;
         let room = model.config().max_position_embeddings.saturating_sub(ids.len());
-        let options = DecodeOptions { max_tokens: options.max_tokens.min(room), ..options.clone() };
+        let options = DecodeOptions { max_tokens: ANSWER.min(room), ..self.options.clone() };
         let drawn = ui::stdout_is_terminal();
         // A GPU would be done before anyone saw a block.
         let pace = Duration::from_millis(if self.software { 0 } else { 60 });
@@ -330,16 +338,24 @@ impl Stage {
             (false, true) => Output::Live(pace),
             (false, false) => Output::Stream,
         };
-        if drawn {
-            self.say(&legend())?;
-        } else if !self.json {
+        if !drawn && !self.json {
             ui::print(language.prompt)?;
         }
-        let answer = stream(model, tokenizer, language.prompt, &ids, &options, output)?;
-        if !drawn && !std::io::stdout().is_terminal() {
+        let answer = stream(model, &self.tokenizer, language.prompt, &ids, &options, output)?;
+        if !drawn {
             self.say("")?;
         }
         self.say(&ui::dim(&summary(&answer, "diffusion")))?;
         Ok(answer)
+    }
+
+    fn as_json(&self, answer: &Generation, language: Language) -> serde_json::Value {
+        json!({
+            "prompt": language.prompt,
+            "text": answer_text(&self.tokenizer, &answer.prompt_token_ids, &answer.token_ids),
+            "token_ids": answer.token_ids,
+            "seconds": answer.seconds,
+            "forwards": answer.forwards,
+        })
     }
 }

@@ -1,5 +1,5 @@
-//! `demask doctor`: which adapters there are, which one would be used and why, what it can do, whether
-//! it computes right, and what to install where something is missing.
+//! `demask doctor`: which adapters there are, which one would be used and why, what it can do,
+//! whether it computes right, and what to install where something is missing.
 
 use std::process::ExitCode;
 
@@ -209,7 +209,9 @@ fn hints(entry: &AdapterEntry) -> Vec<String> {
         let mesa = entry.info.driver_info.strip_prefix("Mesa ");
         let major = mesa.and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
         if let Some(major) = major.filter(|&major| major < 24) {
-            hints.push(format!("Mesa {major} is old: release 24 or later runs several times faster."));
+            hints.push(format!(
+                "Mesa {major} is old: release 24 or later runs several times faster."
+            ));
         }
     }
     if entry.info.backend == wgpu::Backend::Gl {

@@ -1,4 +1,5 @@
-//! Ctrl-C: the first asks the work in progress to stop at its next step, the second ends the process.
+//! Ctrl-C: the first asks the work in progress to stop at its next step, the second ends the
+//! process.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,7 +12,8 @@ const KILLED: i32 = 130;
 
 /// From here on Ctrl-C only asks; `promise` says what will happen, such as "saving a checkpoint".
 pub fn listen(promise: &'static str) {
-    // It fails only if a handler exists, or where the system has no signals; Ctrl-C then ends the process.
+    // It fails only if a handler exists, or where the system has no signals; Ctrl-C then ends the
+    // process.
     let _ = ctrlc::set_handler(move || {
         if ASKED.swap(true, Ordering::SeqCst) {
             ui::restore_cursor();

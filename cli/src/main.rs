@@ -1,8 +1,9 @@
-//! The `demask` binary: parses, calls the engine or the trainer, prints. Nothing here that a user of the
-//! libraries would miss.
+//! The `demask` binary: parses, calls the engine or the trainer, prints. Nothing here that a user
+//! of the libraries would miss.
 //!
-//! Contract: stdout carries results only (one JSON object with `--json`), all else goes to stderr; an error is one
-//! line there. Exit code 0 is success, 1 a failure (file, GPU, memory), 2 a command line that makes no sense.
+//! Contract: stdout carries results only (one JSON object with `--json`), all else goes to stderr;
+//! an error is one line there. Exit code 0 is success, 1 a failure (file, GPU, memory), 2 a command
+//! line that makes no sense.
 
 mod args;
 mod demo;
@@ -83,11 +84,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Mesa's OpenGL driver prints an "error: XDG_RUNTIME_DIR is invalid or not set" of its own for every adapter
-/// where the variable is not set, as in containers. Any folder satisfies it.
+/// Mesa's OpenGL driver prints an "error: XDG_RUNTIME_DIR is invalid or not set" of its own for
+/// every adapter where the variable is not set, as in containers. Any folder satisfies it.
 fn silence_drivers() {
     if cfg!(target_os = "linux") && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
-        // SAFETY: this is the first thing the process does, so no other thread reads the environment.
+        // SAFETY: this is the first thing the process does, so no other thread reads the
+        // environment.
         unsafe { std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir()) };
     }
 }

@@ -1,5 +1,5 @@
-//! `demask score`: how probable a text is to a model, token by token. What people use to check that a
-//! port, a conversion or a quantisation is sound.
+//! `demask score`: how probable a text is to a model, token by token. What people use to check that
+//! a port, a conversion or a quantisation is sound.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! An answer on its way to the terminal: as a stream of settled text, or as the blocks being unmasked,
-//! drawn in place. Tokens of a block come in any order; text is only text from the left.
+//! An answer on its way to the terminal: as a stream of settled text, or as the blocks being
+//! unmasked, drawn in place. Tokens of a block come in any order; text is only text from the left.
 
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,8 @@ pub struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// The text behind `prompt`. The decoder reads the prompt too: the first word of an answer keeps its
-    /// blank, and a character may begin in the prompt and end in the answer.
+    /// The text behind `prompt`. The decoder reads the prompt too: the first word of an answer
+    /// keeps its blank, and a character may begin in the prompt and end in the answer.
     pub fn new(tokenizer: &'a Tokenizer, prompt: &[u32], eos_ids: &'a [u32]) -> Self {
         let mut decoder = tokenizer.stream(true);
         prompt.iter().for_each(|&id| drop(decoder.push(id)));
@@ -225,8 +225,8 @@ impl Drop for Live<'_> {
     }
 }
 
-/// Plain where the model was sure, yellow where it hesitated, red where it guessed. Line by line, so
-/// that no colour runs over a line's end.
+/// Plain where the model was sure, yellow where it hesitated, red where it guessed. Line by line,
+/// so that no colour runs over a line's end.
 fn coloured(text: &str, confidence: f32) -> String {
     let style = match confidence {
         c if c >= 0.9 => return text.to_owned(),
@@ -242,10 +242,13 @@ fn coloured(text: &str, confidence: f32) -> String {
 
 /// What the colours mean, for a caption.
 pub fn legend() -> String {
+    if !console::colors_enabled() {
+        return format!("{HOLE} not known yet");
+    }
     format!(
-        "{HOLE} open   {}   {}   surer than 90 % plain",
-        Style::new().yellow().apply_to("surer than 50 %"),
-        Style::new().red().apply_to("below"),
+        "{HOLE} not known yet   plain: at least 90 % sure   {}   {}",
+        Style::new().yellow().apply_to("yellow: 50 %"),
+        Style::new().red().apply_to("red: less"),
     )
 }
 

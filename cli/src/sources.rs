@@ -71,9 +71,9 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// The code in `folder`; without one, Rust crates that cargo has fetched, else Python's standard
-    /// library. Rust first, because the model that comes with demask has learnt from Python's library:
-    /// there would be nothing to see, and no file that it does not know.
+    /// The code in `folder`; without one, Rust crates that cargo has fetched, else Python's
+    /// standard library. Rust first, because the model that comes with demask has learnt from
+    /// Python's library: there would be nothing to see, and no file that it does not know.
     pub fn find(folder: Option<&Path>) -> Result<Sources> {
         if let Some(folder) = folder {
             return Self::read(folder, &LANGUAGES)?.with_context(|| {
@@ -115,8 +115,8 @@ impl Sources {
         self.files.iter().map(|(_, size)| size).sum()
     }
 
-    /// Copies files up to `most` bytes into `to` under their own paths, and returns their size. A folder
-    /// that exists, from an earlier demo, is taken as it is.
+    /// Copies files up to `most` bytes into `to` under their own paths, and returns their size. A
+    /// folder that exists, from an earlier demo, is taken as it is.
     pub fn copy(&self, to: &Path, most: u64) -> Result<u64> {
         let fresh = !to.exists();
         let mut total = 0;

@@ -77,21 +77,22 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let (length, batch) = (recipe.data.length, recipe.optimizer.batch);
     let total = recipe.total_steps();
     let gpu = args.common.open_gpu()?;
-    notices.say(&format!("training on {}", gpu.adapter().describe()));
+    notices.say(&format!("device     {}", gpu.adapter().describe()));
     let mut trainer =
         Trainer::open(&gpu, recipe, &args.out, &mut |event| announce(notices, &event))?;
     let parameters = trainer.model().config().num_parameters();
     notices.say(&format!("model      {} parameters", ui::count(parameters as f64)));
 
     let first = trainer.step();
-    let mut progress = Progress::new(notices, first, total);
     let mut last = None;
     let mut checkpoint = None;
     let stop_after = args.stop_after.unwrap_or(u64::MAX);
-    // Nothing to do is no reason for another step.
-    let outcome = if first >= stop_after.min(total) && first < total {
+    let began = Instant::now();
+    // Stopping is decided after a step, and here not even one is wanted.
+    let outcome = if first >= stop_after && first < total {
         Outcome::Stopped(first)
     } else {
+        let mut progress = Progress::new(notices, first, total);
         trainer.run(&mut |event| match event {
             Event::Step(metrics, _) => {
                 progress.step(metrics);
@@ -108,7 +109,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
             _ => ControlFlow::Continue(()),
         })?
     };
-    let seconds = progress.finish();
+    let seconds = began.elapsed().as_secs_f64();
     let steps = trainer.step() - first;
     let tokens = steps * (length * batch) as u64;
     let peak = gpu.memory().peak;
@@ -118,14 +119,16 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Outcome::Finished(_) => format!("finished: {total} steps"),
         Outcome::Stopped(step) => format!("stopped after step {step} of {total}; go on: {again}"),
     });
-    notices.say(&format!(
-        "{steps} steps, {} tokens in {} ({} tokens/s); device memory at most {}; curve: {}",
-        ui::count(tokens as f64),
-        ui::duration(Duration::from_secs_f64(seconds)),
-        ui::count(tokens as f64 / seconds.max(1e-9)),
-        ui::bytes(peak),
-        args.out.join("curve.svg").display()
-    ));
+    if steps > 0 {
+        notices.say(&format!(
+            "{steps} steps, {} tokens in {} ({} tokens/s); device memory at most {}; curve: {}",
+            ui::count(tokens as f64),
+            ui::duration(Duration::from_secs_f64(seconds)),
+            ui::count(tokens as f64 / seconds.max(1e-9)),
+            ui::bytes(peak),
+            args.out.join("curve.svg").display()
+        ));
+    }
     let model = match &outcome {
         Outcome::Finished(model) => Some(model.clone()),
         Outcome::Stopped(_) => None,
@@ -222,10 +225,11 @@ impl Progress {
             self.last_line = Some(Instant::now());
         }
     }
+}
 
-    /// Leaves the bar as it is and returns the seconds since the start.
-    fn finish(&self) -> f64 {
+impl Drop for Progress {
+    /// Leaves the bar as it is.
+    fn drop(&mut self) {
         self.bar.abandon();
-        self.began.elapsed().as_secs_f64()
     }
 }

@@ -20,7 +20,8 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&format!("{value}\n"))
 }
 
-/// Prints a line to stderr, whatever was asked for; a stderr that nobody reads is no reason to fail.
+/// Prints a line to stderr, whatever was asked for; a stderr that nobody reads is no reason to
+/// fail.
 pub fn complain(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
@@ -100,7 +101,7 @@ pub fn dim(text: &str) -> String {
 
 /// [`dim`] line by line, so that the last line stands for itself.
 pub fn dim_lines(text: &str) -> String {
-    let line = |line| if line == "" { String::new() } else { dim(line) };
+    let line = |line: &str| if line.is_empty() { String::new() } else { dim(line) };
     text.split('\n').map(line).collect::<Vec<_>>().join("\n")
 }
 
@@ -143,6 +144,7 @@ pub fn bytes(n: u64) -> String {
 /// Three significant digits, thousands as `k`, millions as `M`.
 pub fn count(n: f64) -> String {
     match n {
+        0.0 => "0".to_owned(),
         n if n >= 999_500.0 => format!("{:.2}M", n / 1e6),
         n if n >= 9_995.0 => format!("{:.1}k", n / 1e3),
         n if n >= 99.95 => format!("{n:.0}"),
@@ -162,7 +164,8 @@ pub fn duration(d: Duration) -> String {
     }
 }
 
-/// Recent values as bars, the largest on top; older ones are averaged so that `width` bars tell all.
+/// Recent values as bars, the largest on top; older ones are averaged so that `width` bars tell
+/// all.
 pub fn sparkline(values: &[f64], width: usize) -> String {
     let n = values.len();
     let bars = n.min(width);
@@ -191,6 +194,7 @@ mod tests {
     fn numbers_for_people() {
         assert_eq!([bytes(12), bytes(1024), bytes(1 << 27)], ["12 bytes", "1 KiB", "128 MiB"]);
         assert_eq!([bytes(1_600_000_000), bytes(u64::MAX)], ["1.5 GiB", "16777216 TiB"]);
+        assert_eq!(count(0.0), "0");
         assert_eq!([count(0.5), count(12.34), count(1234.0)], ["0.50", "12.3", "1234"]);
         assert_eq!([count(12_345.0), count(1_234_567.0)], ["12.3k", "1.23M"]);
         let times = [3.21, 59.7, 245.0, 7800.0].map(|s| duration(Duration::from_secs_f64(s)));

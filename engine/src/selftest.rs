@@ -1,6 +1,7 @@
-//! Do the kernels give right numbers on this device? Each kernel family runs once on small inputs with extents off
-//! every tile, and is held against the formula in f64 on the host. `demask doctor` prints the result; a driver
-//! that fails here must not be trained on. Not here: the full cases, which the test suite runs (`ops::case`).
+//! Do the kernels give right numbers on this device? Each kernel family runs once on small inputs
+//! with extents off every tile, and is held against the formula in f64 on the host. `demask doctor`
+//! prints the result; a driver that fails here must not be trained on. Not here: the full cases,
+//! which the test suite runs (`ops::case`).
 
 use std::time::Instant;
 
@@ -16,7 +17,8 @@ use crate::ops::{
 use crate::philox::Philox;
 use crate::tensor::{DType, Tensor};
 
-/// Largest error that rounding explains: sums of some hundred f32 products of order one, and the device's exp.
+/// Largest error that rounding explains: sums of some hundred f32 products of order one, and the
+/// device's exp.
 const BOUND: f64 = 1e-4;
 
 /// One kernel family's result.
@@ -61,7 +63,8 @@ pub fn run(gpu: &Gpu) -> Result<Vec<Check>> {
     .collect()
 }
 
-/// GFLOP/s of an f32 product of square matrices: the best of three, waiting for the device each time.
+/// GFLOP/s of an f32 product of square matrices: the best of three, waiting for the device each
+/// time.
 pub fn matmul_gflops(gpu: &Gpu, size: usize) -> Result<f64> {
     let operand = |seed| Tensor::from_f32(gpu, &normal(seed, size * size), [size, size]);
     let (a, b) = (operand(1), operand(2));
@@ -156,7 +159,8 @@ fn rms_norm_error(gpu: &Gpu) -> Result<f64> {
     Ok(max_error(&got, &want))
 }
 
-/// Does row `q` see row `k`? `tokens` rows, of which the two-copy layout has a noisy and a clean half.
+/// Does row `q` see row `k`? `tokens` rows, of which the two-copy layout has a noisy and a clean
+/// half.
 fn sees(mask: Mask, tokens: usize, q: usize, k: usize) -> bool {
     let Mask::TwoCopy(block) = mask else { return k <= q };
     let half = tokens / 2;

@@ -56,7 +56,8 @@ impl Golden {
 
     /// Spans [B, L, 2] of the document lengths at `path`.
     fn spans(&self, gpu: &Gpu, path: &str) -> Tensor {
-        let rows: Vec<Vec<u32>> = serde_json::from_value(self.json.pointer(path).unwrap().clone()).unwrap();
+        let rows: Vec<Vec<u32>> =
+            serde_json::from_value(self.json.pointer(path).unwrap().clone()).unwrap();
         let mut spans = Vec::new();
         for row in &rows {
             let mut first = 0;
@@ -89,7 +90,12 @@ fn inputs(gpu: &Gpu, tokens: &[u32], shape: [usize; 2], attention: AttentionOpti
 }
 
 /// Logits [B, T, V] of a whole pass.
-fn logits(model: &Llama, tokens: &[u32], shape: [usize; 2], attention: AttentionOptions) -> Vec<f32> {
+fn logits(
+    model: &Llama,
+    tokens: &[u32],
+    shape: [usize; 2],
+    attention: AttentionOptions,
+) -> Vec<f32> {
     let hidden = model.hidden(&inputs(model.gpu(), tokens, shape, attention), false);
     let [rows, d] = hidden.shape().matrix();
     model.logits(&hidden.reshape([rows, d])).to_vec().unwrap()
@@ -121,11 +127,17 @@ fn logits_match_the_golden_under_every_mask() {
         let documents = golden.spans(gpu, "/ar_doc/documents");
         let (both, both_shape) = two_copy(golden);
         let noisy = |spans| {
-            noisy_half(&logits(&model, &both, both_shape, with(Mask::TwoCopy(4), spans)), both_shape)
+            noisy_half(
+                &logits(&model, &both, both_shape, with(Mask::TwoCopy(4), spans)),
+                both_shape,
+            )
         };
         [
             check("ar.logits", logits(&model, &tokens, shape, with(Mask::Causal, None))),
-            check("ar_doc.logits", logits(&model, &tokens, shape, with(Mask::Causal, Some(documents)))),
+            check(
+                "ar_doc.logits",
+                logits(&model, &tokens, shape, with(Mask::Causal, Some(documents))),
+            ),
             check(
                 "block_causal.logits",
                 logits(&model, &tokens, shape, with(Mask::BlockCausal(4), None)),
@@ -218,14 +230,20 @@ fn losses_and_every_gradient_match_the_golden() {
 fn five_adamw_steps_match_the_golden() {
     each_tiny(|gpu, golden, path| {
         let model = Llama::load(gpu, path, Precision::F32).unwrap().trainable();
-        let listed = golden.json.pointer("/adamw/decayed_parameters").or(golden.json.pointer("/adamw/decayed"));
+        let listed = golden
+            .json
+            .pointer("/adamw/decayed_parameters")
+            .or(golden.json.pointer("/adamw/decayed"));
         let mut decayed: Vec<String> = serde_json::from_value(listed.unwrap().clone()).unwrap();
         let mut ours: Vec<String> =
             model.parameters().iter().filter(|p| decays(p)).map(|p| p.name.clone()).collect();
         decayed.sort();
         ours.sort();
         assert_eq!(ours, decayed);
-        let settings = Optimizer { weight_decay: golden.number("/adamw/weight_decay"), ..Optimizer::default() };
+        let settings = Optimizer {
+            weight_decay: golden.number("/adamw/weight_decay"),
+            ..Optimizer::default()
+        };
         let mut optimizer = OptimizerState::new(&model);
         let mut failures = Vec::new();
         for step in 0..5 {
@@ -314,10 +332,8 @@ fn sharded_weights_give_the_same_numbers() {
     assert!(most > 4, "the limit shards the embedding, got {most} shards");
     // One short row: activations must fit the limit too.
     let (_, tokens) = golden_tiny.ids("ar.tokens");
-    let hidden = model.hidden(
-        &inputs(&small, &tokens[..6], [1, 6], AttentionOptions::new(Mask::Causal)),
-        false,
-    );
+    let hidden = model
+        .hidden(&inputs(&small, &tokens[..6], [1, 6], AttentionOptions::new(Mask::Causal)), false);
     let got = model.logits(&hidden.reshape([6, 48])).to_vec().unwrap();
     compare("sharded", &got, &golden_tiny.f64s("ar.logits")[..6 * 97], LOGITS).unwrap();
 }
@@ -369,8 +385,13 @@ fn stories260k_matches_its_golden() {
     let model = Llama::load(&gpu, &folder.join("hf"), Precision::F32).unwrap().trainable();
     let t = ids.len();
     let got = logits(&model, &ids, [1, t], AttentionOptions::new(Mask::Causal));
-    compare("logits", &got[got.len() - last.len()..], &last, Tolerance { absolute: 1e-4, relative: 1e-5 })
-        .unwrap();
+    compare(
+        "logits",
+        &got[got.len() - last.len()..],
+        &last,
+        Tolerance { absolute: 1e-4, relative: 1e-5 },
+    )
+    .unwrap();
     let rows: Vec<u32> = (0..t as u32 - 1).collect();
     let supervision = Supervision {
         rows: Tensor::from_u32(&gpu, &rows, [t - 1]),
@@ -381,7 +402,8 @@ fn stories260k_matches_its_golden() {
     let inputs = inputs(&gpu, &ids, [1, t], AttentionOptions::new(Mask::Causal));
     let loss = linear_cross_entropy(&model.hidden(&inputs, false), model.head(), &supervision).loss;
     let want = golden["loss_f64"].as_f64().unwrap();
-    compare("loss", &loss.to_vec().unwrap(), &[want], Tolerance { absolute: 1e-5, relative: 0.0 }).unwrap();
+    compare("loss", &loss.to_vec().unwrap(), &[want], Tolerance { absolute: 1e-5, relative: 0.0 })
+        .unwrap();
     let gradients = gradients(&loss);
     for parameter in model.parameters() {
         let g = gradient_of(&gradients, &parameter.shards);

@@ -72,13 +72,14 @@ fn faults(path: &str, text: &str) -> Vec<String> {
     faults.into_iter().map(|fault| format!("{path}: {fault}")).collect()
 }
 
-/// The files that the README asks to read first and that do not exist.
+/// The files that the ARCHITECTURE asks to read first and that do not exist.
 fn missing(readme: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let at = readme.to_lowercase().find("read these six files").unwrap_or(readme.len());
     let quoted = readme[at..].split('`').skip(1).step_by(2).filter(|w| w.contains('/'));
     let files: Vec<&str> = quoted.take(6).collect();
     let absent = files.iter().filter(|file| !exists(file)).map(|file| format!("no {file}"));
-    let few = (files.len() < 6).then(|| "README.md: no six behind `read these six files`".into());
+    let few =
+        (files.len() < 6).then(|| "ARCHITECTURE.md: no six behind `read these six files`".into());
     absent.chain(few).collect()
 }
 
@@ -104,9 +105,9 @@ fn walk(folder: &str, failures: &mut Vec<String>) {
 fn the_tree_is_tidy() {
     let mut failures = Vec::new();
     walk("", &mut failures);
-    match fs::read_to_string(root().join("README.md")) {
+    match fs::read_to_string(root().join("ARCHITECTURE.md")) {
         Ok(readme) => failures.extend(missing(&readme, |file| root().join(file).exists())),
-        Err(_) => println!("SKIPPED: no README.md yet"),
+        Err(_) => println!("SKIPPED: no ARCHITECTURE.md yet"),
     }
     report(failures);
 }

@@ -266,9 +266,8 @@ pub fn held_out_loss(
     let (mut sum, mut rows) = (0.0, 0);
     for micro in examples.chunks(recipe.optimizer.micro_batch) {
         let document_mask = recipe.data.document_mask;
-        let ce = without_recording(|| {
-            batch::loss(model, micro, plan.mask(), 1.0, document_mask, false)
-        });
+        let ce =
+            without_recording(|| batch::loss(model, micro, plan.mask(), 1.0, document_mask, false));
         let per_row = ce.per_row.to_vec()?;
         rows += per_row.len();
         sum += per_row.iter().map(|&c| f64::from(c)).sum::<f64>();

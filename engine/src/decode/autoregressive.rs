@@ -49,7 +49,7 @@ pub struct AutoregressiveSession<'a> {
 }
 
 impl<'a> AutoregressiveSession<'a> {
-    /// Begins a decoding of `prompt` (ids, [P], P ≥ 1) without running anything yet.
+    /// Begins a decoding of `prompt` (ids, `[P]`, P ≥ 1) without running anything yet.
     ///
     /// # Errors
     /// [`Error::Request`] if prompt or options do not fit the model, or the mode is another one.

@@ -101,9 +101,9 @@ pub struct BlockSession<'a> {
     sampler: Sampler,
     eos_ids: Vec<u32>,
     cache: KvCache,
-    /// Prompt and answer, [P + max_tokens]; holes hold the mask token.
+    /// Prompt and answer, `[P + max_tokens]`; holes hold the mask token.
     tokens: Vec<u32>,
-    /// Which positions are open, [P + max_tokens].
+    /// Which positions are open, `[P + max_tokens]`.
     holes: Vec<bool>,
     /// Length of the prompt, P.
     prompt: usize,
@@ -130,7 +130,7 @@ struct Candidate {
 }
 
 impl<'a> BlockSession<'a> {
-    /// Begins a decoding of `prompt` (ids, [P], may be empty) without running anything yet.
+    /// Begins a decoding of `prompt` (ids, `[P]`, may be empty) without running anything yet.
     ///
     /// # Errors
     /// [`Error::Request`] if prompt or options do not fit the model, or the mode is another one.
@@ -211,7 +211,7 @@ impl<'a> BlockSession<'a> {
         Ok(())
     }
 
-    /// Runs the tokens at `rows` behind the cache and returns their hidden states, [rows, D].
+    /// Runs the tokens at `rows` behind the cache and returns their hidden states, `[rows, D]`.
     fn run(&mut self, rows: Range<usize>) -> Tensor {
         let mask = self.mask();
         self.llama.step(&self.tokens[rows.clone()], rows.start, mask, &mut self.cache)

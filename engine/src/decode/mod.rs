@@ -188,7 +188,7 @@ pub trait Session {
     fn counters(&self) -> Counters;
 }
 
-/// Begins a decoding of `prompt` (ids, [P]) without running anything yet.
+/// Begins a decoding of `prompt` (ids, `[P]`) without running anything yet.
 ///
 /// # Errors
 /// [`Error::Request`] if the prompt or the options do not fit the model.
@@ -203,7 +203,7 @@ pub fn start<'a>(
     })
 }
 
-/// Decodes an answer to `prompt` (ids, [P]). `on_event` sees every event as soon as its pass is
+/// Decodes an answer to `prompt` (ids, `[P]`). `on_event` sees every event as soon as its pass is
 /// done and may end the decoding with `ControlFlow::Break`.
 ///
 /// # Errors

@@ -45,7 +45,7 @@ impl Sampler {
         Sampler { temperature: 0.0, seed: 0, top_k: None, top_p: None, forbidden: None }
     }
 
-    /// Chooses from `logits`, [V], for a position in a pass. `None` if the logits are no
+    /// Chooses from `logits`, `[V]`, for a position in a pass. `None` if the logits are no
     /// distribution: empty, NaN, infinite, or nothing is left beside the forbidden token.
     pub fn choose(&self, logits: &[f32], position: usize, pass: usize) -> Option<Choice> {
         let best = argmax(logits, self.forbidden)?;

@@ -256,4 +256,3 @@ fn bind(
         entries: &entries,
     })
 }
-
