@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use demask_engine::decode::{DecodeOptions, Generation};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer};
+use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer, Weights};
 use demask_trainer::recipe::{Data, ModelSource, Objective, Optimizer, Phase, Recipe};
 use demask_trainer::train::{Event, Trainer, held_out_loss};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -75,15 +75,15 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Some(path) => path.clone(),
         None => shipped_model()?,
     };
-    let gpu = args.common.open_gpu()?;
-    let model = Llama::load(&gpu, &path, Precision::Stored)?;
-    let config = model.config().clone();
+    let (config, weights) = Weights::open(&path)?;
     let tokenizer = Tokenizer::for_model(&path, &config)?;
     if config.mask_token_id.is_none() {
         bail!("{}: this model has no mask token; demo needs one of block diffusion", path.display())
     }
     let options = DecodeOptions { max_tokens: ANSWER, ..DecodeOptions::block(&config)? };
     let sources = Sources::find(args.code.as_deref())?;
+    let gpu = args.common.open_gpu()?;
+    let model = Llama::from_weights(&gpu, &config, &weights, Precision::Stored)?;
     let software = gpu.adapter().is_software();
     let stage = Stage { json: args.common.json, software, tokenizer, options };
     stage.introduce(&gpu, &path, &config)?;
@@ -205,8 +205,8 @@ struct Learnt {
     losses: Vec<f64>,
     seconds: f64,
     checkpoint: PathBuf,
-    held_out_before: f64,
-    held_out_after: f64,
+    held_out_before: Option<f64>,
+    held_out_after: Option<f64>,
 }
 
 /// Copies the code, trains on it, and measures before and after.
@@ -228,12 +228,14 @@ fn learn(
     let (losses, checkpoint) = train(&mut trainer, args)?;
     let seconds = began.elapsed().as_secs_f64();
     let held_out_after = loss(&trainer)?;
-    stage.say(&format!(
-        "On files it has not learnt from: loss {held_out_before:.3} → {held_out_after:.3},\n\
-         as if each hidden token were a choice among {} → {}.",
-        ui::count(held_out_before.exp()),
-        ui::count(held_out_after.exp())
-    ))?;
+    if let (Some(before), Some(after)) = (held_out_before, held_out_after) {
+        stage.say(&format!(
+            "On files it has not learnt from: loss {before:.3} → {after:.3},\n\
+             as if each hidden token were a choice among {} → {}.",
+            ui::count(before.exp()),
+            ui::count(after.exp())
+        ))?;
+    }
     let steps = trainer.step() - first;
     let learnt = Learnt { steps, losses, seconds, checkpoint, held_out_before, held_out_after };
     Ok((trainer, learnt))

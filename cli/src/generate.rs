@@ -51,7 +51,7 @@ pub struct Args {
     max_tokens: Option<usize>,
 
     /// 0 takes the likeliest token; above 0 samples, 1 from the model's own distribution
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
 
     /// Names the random draws: the same seed gives the same answer

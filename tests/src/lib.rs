@@ -1,7 +1,9 @@
 //! What the test files share: a device opened as tests want it, comparison against references,
 //! and the place of optional data.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
 
 use demask_engine::gpu::{Gpu, GpuOptions};
 use demask_engine::ops::case::Tolerance;
@@ -51,8 +53,8 @@ pub fn compare(name: &str, got: &[f32], want: &[f64], tolerance: Tolerance) -> R
     }
     let wrong = |(g, w): &(f64, f64)| {
         let bound = tolerance.absolute + tolerance.relative * w.abs();
-        // Written so that NaN on either side is an error.
-        !((g - w).abs() <= bound)
+        let error = (g - w).abs();
+        error.is_nan() || error > bound
     };
     let pairs = got.iter().map(|&g| f64::from(g)).zip(want.iter().copied());
     let bad: Vec<_> = pairs.enumerate().filter(|(_, pair)| wrong(pair)).collect();
@@ -67,4 +69,23 @@ pub fn compare(name: &str, got: &[f32], want: &[f64], tolerance: Tolerance) -> R
 /// Panics with all failures at once, so that one run shows the whole picture.
 pub fn report(failures: Vec<String>) {
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// The binary of this build's profile, built if it is not there.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        // target/<profile>/deps/cli-<hash>
+        let test = std::env::current_exe().expect("a test knows its own path");
+        let profile = test.ancestors().nth(2).expect("target/<profile>");
+        let name = profile.file_name().expect("has a name").to_string_lossy().into_owned();
+        // Cargo decides whether there is anything to do; a stale binary would test something else.
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--package", "demask", "--profile"]);
+        cargo.arg(if name == "debug" { "dev" } else { &name });
+        cargo.arg("--target-dir").arg(profile.parent().expect("target"));
+        cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+        assert!(cargo.status().expect("cargo runs").success(), "the binary does not build");
+        profile.join(format!("demask{}", std::env::consts::EXE_SUFFIX))
+    })
 }

@@ -156,7 +156,8 @@ fn ar_loss(model: &Llama, golden: &Golden, recompute: bool) -> Tensor {
     let gpu = model.gpu();
     let (shape, tokens) = golden.ids("ar.tokens");
     let t = shape[1];
-    let rows: Vec<u32> = (0..tokens.len() as u32).filter(|i| (i + 1) as usize % t != 0).collect();
+    let rows: Vec<u32> =
+        (0..tokens.len() as u32).filter(|i| !(*i as usize + 1).is_multiple_of(t)).collect();
     let targets: Vec<u32> = rows.iter().map(|&i| tokens[i as usize + 1]).collect();
     let n = rows.len();
     let supervision = Supervision {

@@ -256,7 +256,8 @@ impl Recipe {
             ensure!(phase.lr.is_finite() && phase.lr > 0.0, "phase {i}: lr must be positive");
             ensure!(phase.block_length > 0, "phase {i}: block_length must be at least 1");
             ensure!(
-                phase.objective == Objective::Ar || self.data.length % phase.block_length == 0,
+                phase.objective == Objective::Ar
+                    || self.data.length.is_multiple_of(phase.block_length),
                 "phase {i}: data.length {} is no multiple of block_length {}",
                 self.data.length,
                 phase.block_length

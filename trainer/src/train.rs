@@ -114,7 +114,7 @@ impl Trainer {
             self.record(&metrics)?;
             let stop = hear(Event::Step(&metrics, total)).is_break();
             let phase_ends = self.recipe.at(self.step).is_none_or(|(_, within)| within == 0);
-            if stop || phase_ends || self.step % self.recipe.save_every == 0 {
+            if stop || phase_ends || self.step.is_multiple_of(self.recipe.save_every) {
                 let place = self.save()?;
                 let _ = hear(Event::Saved(&place));
             }
@@ -243,17 +243,17 @@ impl Trainer {
 
 /// Mean cross-entropy in nats per supervised token (a masked one, under diffusion) over up to `sequences` sequences
 /// of the recipe's held-out text, under its last phase and without a warm-up. Each call hides the same tokens, so
-/// that models can be compared. Not a likelihood: mask rates are clipped as in training.
+/// that models can be compared. Not a likelihood: mask rates are clipped as in training. `None` where the held-out
+/// text fills no sequence.
 pub fn held_out_loss(
     recipe: &Recipe,
     model: &Llama,
     tokenizer: &Tokenizer,
     sequences: usize,
-) -> Result<f64> {
+) -> Result<Option<f64>> {
     let corpus = read_corpus(recipe)?;
     let held_out = corpus.split(recipe.data.held_out, recipe.seed).held_out;
-    let data = pack(recipe, &held_out, tokenizer, model.config())
-        .context("the held-out text is too short; raise data.held_out")?;
+    let Ok(data) = pack(recipe, &held_out, tokenizer, model.config()) else { return Ok(None) };
     let phase = recipe.phase.last().context("there is no [[phase]]")?;
     let plan = StepPlan {
         phase,
@@ -272,7 +272,7 @@ pub fn held_out_loss(
         rows += per_row.len();
         sum += per_row.iter().map(|&c| f64::from(c)).sum::<f64>();
     }
-    Ok(sum / rows as f64)
+    Ok((rows > 0).then(|| sum / rows as f64))
 }
 
 /// Opens the metrics file and cuts off what was written after the checkpoint.

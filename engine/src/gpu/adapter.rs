@@ -47,10 +47,27 @@ impl AdapterEntry {
 
 /// Every adapter that can run compute kernels, in a stable order.
 pub async fn list() -> Vec<AdapterEntry> {
+    list_of(wgpu::Backends::all()).await
+}
+
+/// The adapters among which `wanted` is looked for: OpenGL, whose drivers are slow to load and talk on stderr, is only
+/// asked where nothing else exists or an adapter is named. OpenGL comes last, so positions are those of [`list`].
+pub(super) async fn candidates(wanted: Option<&str>) -> Vec<AdapterEntry> {
+    if wanted.is_none() {
+        let entries = list_of(wgpu::Backends::all() - wgpu::Backends::GL).await;
+        if !entries.is_empty() {
+            return entries;
+        }
+    }
+    list().await
+}
+
+async fn list_of(backends: wgpu::Backends) -> Vec<AdapterEntry> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.flags = wgpu::InstanceFlags::empty();
+    descriptor.backends = backends;
     let instance = wgpu::Instance::new(descriptor);
-    let adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
+    let adapters = instance.enumerate_adapters(backends).await;
     adapters
         .into_iter()
         .filter(|a| {

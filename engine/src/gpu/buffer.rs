@@ -123,7 +123,7 @@ mod tests {
     fn classes_waste_little() {
         for bytes in (1..100_000u64).step_by(37).chain([1 << 20, (1 << 30) + 1]) {
             let class = Pool::class(bytes);
-            assert!(class >= bytes && class % 256 == 0);
+            assert!(class >= bytes && class.is_multiple_of(256));
             assert!(class <= (bytes + bytes / 8).max(256) + 256, "{bytes} -> {class}");
         }
     }

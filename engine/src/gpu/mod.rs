@@ -84,14 +84,15 @@ impl Gpu {
     /// Opens a device with every limit and stable feature its adapter has.
     pub async fn open_async(options: GpuOptions) -> Result<Gpu> {
         let named = options.adapter.clone().or_else(|| std::env::var(ADAPTER_ENV).ok());
-        let entry = adapter::choose(list().await, named.as_deref().filter(|n| !n.is_empty()))?;
+        let named = named.as_deref().filter(|n| !n.is_empty());
+        let entry = adapter::choose(adapter::candidates(named).await, named)?;
         let mut limits = entry.limits.clone();
         // DX12 reserves memory for this many descriptors; the bind-group cache never holds so many.
         limits.max_non_sampler_bindings = limits.max_non_sampler_bindings.min(200_000);
         let coop = entry.features & wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("demask"),
-            required_features: entry.features - wgpu::Features::all_experimental_mask() | coop,
+            required_features: (entry.features - wgpu::Features::all_experimental_mask()) | coop,
             required_limits: limits,
             // SAFETY: the one experimental feature asked for, cooperative matrices, is used by no kernel that
             // has not passed its self-test on this device.

@@ -124,7 +124,7 @@ impl Call {
         let two_copy = mask == 2;
         if block == 0
             || tk > capacity
-            || (two_copy && (tq != tk || tk % 2 != 0 || options.q_start != 0))
+            || (two_copy && (tq != tk || !tk.is_multiple_of(2) || options.q_start != 0))
         {
             fail("mask does not fit");
         }

@@ -5,6 +5,11 @@ use crate::philox::Philox;
 use crate::tensor::host::Array;
 use crate::tensor::{Shape, Tensor};
 
+/// An op applied to its inputs on the device.
+pub type Run = Box<dyn Fn(&[Tensor]) -> Tensor>;
+/// The same in f64 on the host.
+pub type Reference = Box<dyn Fn(&[Array]) -> Array>;
+
 /// One configuration of one op.
 pub struct Case {
     /// `op` or `op variant`, unique over all cases.
@@ -12,9 +17,9 @@ pub struct Case {
     /// Inputs in order.
     pub inputs: Vec<Input>,
     /// The op on the device.
-    pub run: Box<dyn Fn(&[Tensor]) -> Tensor>,
+    pub run: Run,
     /// The same from the formula, in f64.
-    pub reference: Box<dyn Fn(&[Array]) -> Array>,
+    pub reference: Reference,
     /// |got − want| ≤ absolute + relative · |want|, elementwise.
     pub tolerance: Tolerance,
     /// Work of one forward call; `None` keeps the case out of the benches.

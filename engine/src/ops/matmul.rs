@@ -153,7 +153,8 @@ impl Extents {
 
 /// The kernel for these extents on this device.
 fn choose(gpu: &Gpu, layout: Layout, e: &Extents) -> MatmulKernel {
-    let quads = e.n % 4 == 0 && e.k % 4 == 0 && (layout != Layout::TN || e.m % 4 == 0);
+    let contiguous = if layout == Layout::TN { e.m } else { e.k };
+    let quads = [e.n, e.k, contiguous].iter().all(|extent| extent.is_multiple_of(4));
     let info = &gpu.adapter().info;
     if !quads {
         MatmulKernel::Any
@@ -251,7 +252,7 @@ mod cases {
                 Layout::NT => ((zi * m + mi) * k + ki, (zi * n + ni) * k + ki),
                 Layout::TN => ((zi * k + ki) * m + mi, (zi * k + ki) * n + ni),
             };
-            (0..k).map(|ki| at(ki)).map(|(ai, bi)| a.data[ai] * b.data[bi]).sum()
+            (0..k).map(at).map(|(ai, bi)| a.data[ai] * b.data[bi]).sum()
         })
     }
 
