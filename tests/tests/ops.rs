@@ -3,7 +3,7 @@
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
 use demask_engine::ops::case::{Case, Input, Tolerance};
-use demask_engine::ops::{add, cases};
+use demask_engine::ops::{add, cases, mul, scale};
 use demask_engine::philox::Philox;
 use demask_engine::tensor::Tensor;
 use demask_engine::tensor::host::Array;
@@ -40,25 +40,27 @@ fn upload(gpu: &Gpu, case: &Case, values: &[Array]) -> Vec<Tensor> {
     case.inputs.iter().zip(values).map(|(input, v)| input.upload(gpu, v)).collect()
 }
 
+fn check_forward(gpu: &Gpu, case: &Case) -> Result<(), String> {
+    let values = values(case, 11);
+    let inputs = upload(gpu, case, &values);
+    let y = (case.run)(&inputs);
+    let want = (case.reference)(&values);
+    if *y.shape() != want.shape {
+        return Err(format!("{}: shape {} instead of {}", case.name, y.shape(), want.shape));
+    }
+    let got = y.to_vec().map_err(|e| format!("{}: {e}", case.name))?;
+    for tensor in inputs.iter().chain([&y]) {
+        let intact = gpu.check_guards(tensor.buffer()).map_err(|e| e.to_string())?;
+        if !intact {
+            return Err(format!("{}: wrote behind {tensor:?}", case.name));
+        }
+    }
+    compare(&case.name, &got, &want.data, case.tolerance)
+}
+
 #[test]
 fn forward_matches_the_reference() {
-    for_each_case(|gpu, case| {
-        let values = values(case, 11);
-        let inputs = upload(gpu, case, &values);
-        let y = (case.run)(&inputs);
-        let want = (case.reference)(&values);
-        if *y.shape() != want.shape {
-            return Err(format!("{}: shape {} instead of {}", case.name, y.shape(), want.shape));
-        }
-        let got = y.to_vec().map_err(|e| format!("{}: {e}", case.name))?;
-        for tensor in inputs.iter().chain([&y]) {
-            let intact = gpu.check_guards(tensor.buffer()).map_err(|e| e.to_string())?;
-            if !intact {
-                return Err(format!("{}: wrote behind {tensor:?}", case.name));
-            }
-        }
-        compare(&case.name, &got, &want.data, case.tolerance)
-    });
+    for_each_case(check_forward);
 }
 
 #[test]
@@ -129,45 +131,47 @@ fn sample(n: usize) -> Vec<usize> {
     (0..MOST).map(|_| random.below(n as u32) as usize).collect()
 }
 
+fn check_gradients(gpu: &Gpu, case: &Case) -> Result<(), String> {
+    let mut values = values(case, 13);
+    let weights = cotangent(case, &values);
+    let Some(gradients) = device_gradients(gpu, case, &values, &weights, false)? else {
+        return Ok(());
+    };
+    for (i, input) in case.inputs.iter().enumerate() {
+        let Some(gradient) = &gradients[i] else {
+            if input.is_differentiable() && input.shape().numel() > 0 {
+                return Err(format!("{}: input {i} got no gradient", case.name));
+            }
+            continue;
+        };
+        let picked = sample(input.shape().numel());
+        let mut want = Vec::new();
+        for &at in &picked {
+            let x = values[i].data[at];
+            // f64 leaves 1e-6² · f''' of truncation and 1e-16 / 1e-6 of rounding: both far below f32.
+            let h = 1e-5 * x.abs().max(1.0);
+            values[i].data[at] = x + h;
+            let up = objective(case, &values, &weights);
+            values[i].data[at] = x - h;
+            let down = objective(case, &values, &weights);
+            values[i].data[at] = x;
+            want.push((up - down) / (2.0 * h));
+        }
+        let got: Vec<f32> = picked.iter().map(|&at| gradient[at]).collect();
+        // A gradient sums over the other operand and over outliers of the cotangent.
+        let scale = want.iter().fold(1.0f64, |m, w| m.max(w.abs()));
+        let tolerance = Tolerance {
+            absolute: case.tolerance.absolute * scale,
+            relative: case.tolerance.relative * 4.0,
+        };
+        compare(&format!("{} gradient {i}", case.name), &got, &want, tolerance)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn gradients_match_central_differences() {
-    for_each_case(|gpu, case| {
-        let mut values = values(case, 13);
-        let weights = cotangent(case, &values);
-        let Some(gradients) = device_gradients(gpu, case, &values, &weights, false)? else {
-            return Ok(());
-        };
-        for (i, input) in case.inputs.iter().enumerate() {
-            let Some(gradient) = &gradients[i] else {
-                if input.is_differentiable() && input.shape().numel() > 0 {
-                    return Err(format!("{}: input {i} got no gradient", case.name));
-                }
-                continue;
-            };
-            let picked = sample(input.shape().numel());
-            let mut want = Vec::new();
-            for &at in &picked {
-                let x = values[i].data[at];
-                // f64 leaves 1e-6² · f''' of truncation and 1e-16 / 1e-6 of rounding: both far below f32.
-                let h = 1e-5 * x.abs().max(1.0);
-                values[i].data[at] = x + h;
-                let up = objective(case, &values, &weights);
-                values[i].data[at] = x - h;
-                let down = objective(case, &values, &weights);
-                values[i].data[at] = x;
-                want.push((up - down) / (2.0 * h));
-            }
-            let got: Vec<f32> = picked.iter().map(|&at| gradient[at]).collect();
-            // A gradient sums over the other operand and over outliers of the cotangent.
-            let scale = want.iter().fold(1.0f64, |m, w| m.max(w.abs()));
-            let tolerance = Tolerance {
-                absolute: case.tolerance.absolute * scale,
-                relative: case.tolerance.relative * 4.0,
-            };
-            compare(&format!("{} gradient {i}", case.name), &got, &want, tolerance)?;
-        }
-        Ok(())
-    });
+    for_each_case(check_gradients);
 }
 
 #[test]
@@ -207,4 +211,25 @@ fn the_comparison_can_fail() {
     assert!(compare("nan", &[f32::NAN], &[1.0], tolerance).is_err());
     assert!(compare("nan wanted", &[1.0], &[f64::NAN], tolerance).is_err());
     assert!(compare("short", &[], &[1.0], tolerance).is_err());
+}
+
+/// Each check must be able to fail: an op that is wrong in one way only is caught by the check for it.
+#[test]
+fn broken_ops_are_caught() {
+    let Some(gpu) = checked_gpu() else { return };
+    let case = |run: fn(&[Tensor]) -> Tensor| {
+        let inputs = vec![Input::Normal([3, 5].into())];
+        Case::new("broken", inputs, run, |x| x[0].map(|v| v * v))
+    };
+    let right = case(|t| mul(&t[0], &t[0]));
+    assert_eq!(check_forward(&gpu, &right), Ok(()));
+    assert_eq!(check_gradients(&gpu, &right), Ok(()));
+    let wrong_value = case(|t| scale(&mul(&t[0], &t[0]), 1.001));
+    assert!(check_forward(&gpu, &wrong_value).unwrap_err().contains("values differ"));
+    let wrong_shape = case(|t| mul(&t[0], &t[0]).reshape([5, 3]));
+    assert!(check_forward(&gpu, &wrong_shape).unwrap_err().contains("shape"));
+    // The right value with half its derivative: a factor is cut from the graph.
+    let lost = case(|t| mul(&t[0], &t[0].detach()));
+    assert_eq!(check_forward(&gpu, &lost), Ok(()));
+    assert!(check_gradients(&gpu, &lost).unwrap_err().contains("gradient 0"));
 }

@@ -1,4 +1,4 @@
-//! SmolLM2-135M-Instruct's published weights (GGUF, Q4_1 and Q8_0) against transformers on the same dequantised weights.
+//! SmolLM2-135M-Instruct (GGUF, Q4_1 and Q8_0) against transformers on the same dequantised weights.
 //! Set DEMASK_SMOLLM2 to the GGUF file; tests/golden/smollm2_reference.py says where to get it. Slow on a CPU.
 
 use std::path::PathBuf;

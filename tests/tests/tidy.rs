@@ -8,7 +8,7 @@ use demask_tests::report;
 
 /// Modules of the engine from the ground up; each may use its own floor and those below.
 const FLOORS: &[&str] =
-    &["error Error Result philox", "gpu", "tensor autograd", "ops", "model", "decode"];
+    &["error Error Result philox", "gpu", "tensor autograd", "ops", "model selftest", "decode"];
 
 fn floor(name: &str) -> Option<usize> {
     FLOORS.iter().position(|names| names.split(' ').any(|n| n == name))
@@ -114,7 +114,7 @@ fn the_tree_is_tidy() {
 
 #[test]
 fn each_rule_can_fail() {
-    let (wide, long, longer) = ("é".repeat(97), "\n".repeat(700), "\n".repeat(701));
+    let (wide, long, longer) = ("é".repeat(117), "\n".repeat(700), "\n".repeat(701));
     let check = |path: &str, text: &str, count: usize| {
         let text = if path.ends_with(".rs") { format!("//! {text}") } else { text.to_owned() };
         assert_eq!(faults(path, &text.replace('|', "")).len(), count, "{path}: {text}");

@@ -68,7 +68,10 @@ impl Gpu {
         stats.host_time += start.elapsed();
         drop(stats);
         if self.0.options.synchronous {
-            let _ = self.sync();
+            // Kept for the next read, like any fault.
+            if let Err(fault) = self.sync() {
+                self.fail(fault);
+            }
         } else if full {
             self.flush();
         }

@@ -1,3 +1,5 @@
+//! Configurations that are read, refused and written back.
+
 use super::*;
 
 pub(crate) fn tiny() -> LlamaConfig {

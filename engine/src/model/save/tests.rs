@@ -1,3 +1,5 @@
+//! Written folders and what is in them.
+
 use super::*;
 use crate::model::config::tests::tiny;
 use crate::model::weights::Weights;

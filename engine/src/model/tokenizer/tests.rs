@@ -1,3 +1,5 @@
+//! Round trips, special tokens and refusals.
+
 use super::bytes::byte_of_char;
 use super::*;
 use crate::model::config::tests::tiny;
