@@ -124,17 +124,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             workgroupBarrier();
         }
     }
-    for (var r = 0u; r < tile.y; r += 1u) {
+    // Eight rounds whatever the tile holds: an array indexed in an open-ended loop would live in memory.
+    for (var r = 0u; r < 8u; r += 1u) {
         let row = (batch * p.tq + tile.x + r) * p.heads + head;
         // A row that may see nothing is zero, not NaN.
         let inverse = select(0.0, 1.0 / total[r], total[r] > 0.0);
         for (var j = 0u; j < PER_LANE; j += 1u) {
             let d = lane + 64u * j;
-            if d < H {
+            if d < H && r < tile.y {
                 o[row * H + d] = sum[r * PER_LANE + j] * inverse;
             }
         }
-        if lane == 0u {
+        if lane == 0u && r < tile.y {
             stats[row] = select(NEVER, largest[r] + log(total[r]), total[r] > 0.0);
         }
     }

@@ -82,10 +82,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             workgroupBarrier();
         }
     }
-    for (var r = 0u; r < tile.y; r += 1u) {
+    // Eight rounds whatever the tile holds: an array indexed in an open-ended loop would live in memory.
+    for (var r = 0u; r < 8u; r += 1u) {
         for (var j = 0u; j < PER_LANE; j += 1u) {
             let d = lane + 64u * j;
-            if d < H {
+            if d < H && r < tile.y {
                 let row = (batch * p.tq + tile.x + r) * p.heads + head;
                 dq[row * H + d] = sum[r * PER_LANE + j] * p.scale;
             }

@@ -59,6 +59,17 @@ fn load_a(rows: vec4<u32>, k: u32) -> vec4<f32> {
     return vec4<f32>(a[at.x], a[at.y], a[at.z], a[at.w]);
 }
 
+fn store(z: u32, row: u32, column: u32, value: vec4<f32>) {
+    if row < p.m {
+        let at = (p.y_from + (z * p.m + row) * p.n + column) / 4u;
+        if ADD == 1u {
+            y[at] += value;
+        } else {
+            y[at] = value;
+        }
+    }
+}
+
 @compute @workgroup_size(8)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -92,12 +103,37 @@ fn main(
     if column >= p.n {
         return;
     }
-    for (var r = 0u; r < 32u && first + r < p.m; r += 1u) {
-        let at = (p.y_from + (group.z * p.m + first + r) * p.n + column) / 4u;
-        if ADD == 1u {
-            y[at] += acc[r];
-        } else {
-            y[at] = acc[r];
-        }
-    }
+    // In the text, not in a loop: an array indexed by a variable would live in memory, not in registers.
+    store(group.z, first + 0u, column, acc[0]);
+    store(group.z, first + 1u, column, acc[1]);
+    store(group.z, first + 2u, column, acc[2]);
+    store(group.z, first + 3u, column, acc[3]);
+    store(group.z, first + 4u, column, acc[4]);
+    store(group.z, first + 5u, column, acc[5]);
+    store(group.z, first + 6u, column, acc[6]);
+    store(group.z, first + 7u, column, acc[7]);
+    store(group.z, first + 8u, column, acc[8]);
+    store(group.z, first + 9u, column, acc[9]);
+    store(group.z, first + 10u, column, acc[10]);
+    store(group.z, first + 11u, column, acc[11]);
+    store(group.z, first + 12u, column, acc[12]);
+    store(group.z, first + 13u, column, acc[13]);
+    store(group.z, first + 14u, column, acc[14]);
+    store(group.z, first + 15u, column, acc[15]);
+    store(group.z, first + 16u, column, acc[16]);
+    store(group.z, first + 17u, column, acc[17]);
+    store(group.z, first + 18u, column, acc[18]);
+    store(group.z, first + 19u, column, acc[19]);
+    store(group.z, first + 20u, column, acc[20]);
+    store(group.z, first + 21u, column, acc[21]);
+    store(group.z, first + 22u, column, acc[22]);
+    store(group.z, first + 23u, column, acc[23]);
+    store(group.z, first + 24u, column, acc[24]);
+    store(group.z, first + 25u, column, acc[25]);
+    store(group.z, first + 26u, column, acc[26]);
+    store(group.z, first + 27u, column, acc[27]);
+    store(group.z, first + 28u, column, acc[28]);
+    store(group.z, first + 29u, column, acc[29]);
+    store(group.z, first + 30u, column, acc[30]);
+    store(group.z, first + 31u, column, acc[31]);
 }
