@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use demask_engine::decode::{DecodeOptions, Generation};
+use demask_engine::decode::{DecodeOptions, Generation, Mode, Schedule};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer, Weights};
 use demask_trainer::recipe::{Data, ModelSource, Objective, Optimizer, Phase, Recipe};
@@ -52,8 +52,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 60)]
     seconds: u64,
 
-    /// Learn from the source code in this folder [default: Rust crates that cargo has fetched, else
-    /// Python's standard library]
+    /// Learn from the source code in this folder [default: Python's standard library, else Rust
+    /// crates that cargo has fetched]
     #[arg(long, value_name = "DIR")]
     code: Option<PathBuf>,
 
@@ -69,6 +69,19 @@ pub struct Args {
     common: Common,
 }
 
+/// A small model is seldom sure of a token and repeats itself when it must always take the likeliest: it may draw, and
+/// commits what it holds for more likely than not.
+fn answer_options(config: &LlamaConfig, seed: u64) -> Result<DecodeOptions> {
+    let mut options = DecodeOptions::block(config)?;
+    options.max_tokens = ANSWER;
+    options.temperature = 0.6;
+    options.seed = seed;
+    if let Mode::Block(block) = &mut options.mode {
+        block.schedule = Schedule::Threshold(0.5);
+    }
+    Ok(options)
+}
+
 pub fn run(args: Args) -> Result<ExitCode> {
     interrupt::listen("leaving after this step");
     let path = match &args.model {
@@ -80,7 +93,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     if config.mask_token_id.is_none() {
         bail!("{}: this model has no mask token; demo needs one of block diffusion", path.display())
     }
-    let options = DecodeOptions { max_tokens: ANSWER, ..DecodeOptions::block(&config)? };
+    let options = answer_options(&config, args.seed)?;
     let sources = Sources::find(args.code.as_deref())?;
     let gpu = args.common.open_gpu()?;
     let model = Llama::from_weights(&gpu, &config, &weights, Precision::Stored)?;
@@ -230,7 +243,7 @@ fn learn(
     let held_out_after = loss(&trainer)?;
     if let (Some(before), Some(after)) = (held_out_before, held_out_after) {
         stage.say(&format!(
-            "On files it has not learnt from: loss {before:.3} → {after:.3},\n\
+            "On files kept aside: loss {before:.3} → {after:.3},\n\
              as if each hidden token were a choice among {} → {}.",
             ui::count(before.exp()),
             ui::count(after.exp())

@@ -71,9 +71,8 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// The code in `folder`; without one, Rust crates that cargo has fetched, else Python's
-    /// standard library. Rust first, because the model that comes with demask has learnt from
-    /// Python's library: there would be nothing to see, and no file that it does not know.
+    /// The code in `folder`; without one, Python's standard library, else Rust crates that cargo has
+    /// fetched. Python first, because it is what the model that comes with demask can write.
     pub fn find(folder: Option<&Path>) -> Result<Sources> {
         if let Some(folder) = folder {
             return Self::read(folder, &LANGUAGES)?.with_context(|| {
@@ -82,15 +81,15 @@ impl Sources {
                 format!("--code {}: no source file ({})", folder.display(), all.join(", "))
             });
         }
-        let crates = cargo_sources().into_iter().map(|root| (root, RUST));
-        for (root, language) in crates.chain(python_libraries().into_iter().map(|r| (r, PYTHON))) {
+        let python = python_libraries().into_iter().map(|root| (root, PYTHON));
+        for (root, language) in python.chain(cargo_sources().into_iter().map(|r| (r, RUST))) {
             // A folder that cannot be listed is passed over; another may do.
             let found = Self::read(&root, &[language]).ok().flatten();
             if let Some(found) = found.filter(|f| f.bytes() > 200_000) {
                 return Ok(found);
             }
         }
-        bail!("no source code found (cargo's crates, Python's library); name a folder with --code")
+        bail!("no source code found (Python's library, cargo's crates); name a folder with --code")
     }
 
     fn read(root: &Path, languages: &[Language]) -> Result<Option<Sources>> {
