@@ -81,10 +81,11 @@ pub fn binary() -> &'static Path {
         let name = profile.file_name().expect("has a name").to_string_lossy().into_owned();
         // Cargo decides whether there is anything to do; a stale binary would test something else.
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--package", "demask", "--profile"]);
+        // The whole default selection, so that features resolve as they did for this test and nothing is built twice.
+        cargo.args(["build", "--quiet", "--bins", "--profile"]);
         cargo.arg(if name == "debug" { "dev" } else { &name });
         cargo.arg("--target-dir").arg(profile.parent().expect("target"));
-        cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+        cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
         assert!(cargo.status().expect("cargo runs").success(), "the binary does not build");
         profile.join(format!("demask{}", std::env::consts::EXE_SUFFIX))
     })
