@@ -44,9 +44,11 @@ fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>)
         let stats = gpu.stats();
         let host = stats.host_time.as_secs_f64() * 1e6 / stats.dispatches.max(1) as f64;
         println!(
-            "{name}: {} dispatches in {} batches, host {host:.2} µs a dispatch, wall {:.3} s, peak {:.0} MB",
+            "{name}: {} dispatches ({} new bind groups) in {} batches, host {host:.2} µs a dispatch, submit {:.3} s, wall {:.3} s, peak {:.0} MB",
             stats.dispatches,
+            stats.bind_groups,
             stats.submits,
+            stats.submit_time.as_secs_f64(),
             wall.as_secs_f64(),
             gpu.memory().peak as f64 / 1e6
         );

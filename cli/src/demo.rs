@@ -202,7 +202,7 @@ fn recipe(
         phase: vec![Phase {
             objective: Objective::Diffusion,
             steps: MANY_STEPS,
-            lr: 1e-3,
+            lr: 1e-4,
             lr_warmup: 5,
             lr_min_ratio: 1.0,
             block_length,

@@ -106,6 +106,7 @@ impl Gpu {
         if !groups.contains_key(key) {
             let group = bind(&inner.device, &inner.arena, layout, reads, writes);
             groups.insert(key.clone(), group);
+            inner.stats.borrow_mut().bind_groups += 1;
         }
         let offset = batch.params.len();
         batch.params.extend_from_slice(params);
@@ -140,10 +141,13 @@ impl Gpu {
         if !batch.params.is_empty() {
             inner.queue.write_buffer(&inner.arena, 0, &batch.params);
         }
-        inner.queue.submit([encoder.finish()]);
+        let commands = encoder.finish();
         let mut stats = inner.stats.borrow_mut();
-        stats.submits += 1;
         stats.host_time += start.elapsed();
+        let start = Instant::now();
+        inner.queue.submit([commands]);
+        stats.submits += 1;
+        stats.submit_time += start.elapsed();
         if let Some(t) = timed {
             t.collect(&inner.device, inner.queue.get_timestamp_period(), &mut stats);
         } else {

@@ -1,7 +1,7 @@
 //! Device memory: buffers in size classes that return to a pool when dropped. The queue is in order, so a
 //! buffer dropped on the host may be handed out again at once: whatever was recorded before runs before.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::{Rc, Weak};
 
 use super::GpuInner;
@@ -63,7 +63,9 @@ pub struct Memory {
 
 #[derive(Default)]
 pub(super) struct Pool {
-    free: HashMap<u64, Vec<(wgpu::Buffer, u64)>>,
+    /// Free buffers of each class by id. The lowest id is handed out first, whatever the order of the drops: a step that
+    /// asks like the one before gets the same buffers, and finds its bind groups in the cache.
+    free: HashMap<u64, BTreeMap<u64, wgpu::Buffer>>,
     next_id: u64,
     pub memory: Memory,
 }
@@ -79,9 +81,9 @@ impl Pool {
 
     /// A pooled buffer of this class, if one is free.
     pub fn take(&mut self, class: u64) -> Option<(wgpu::Buffer, u64)> {
-        let found = self.free.get_mut(&class)?.pop()?;
+        let (id, raw) = self.free.get_mut(&class)?.pop_first()?;
         self.use_bytes(class);
-        Some(found)
+        Some((raw, id))
     }
 
     /// Counts a buffer fresh from the driver and names it.
@@ -100,7 +102,7 @@ impl Pool {
     fn put(&mut self, raw: wgpu::Buffer, id: u64) {
         let class = raw.size();
         self.memory.live -= class;
-        self.free.entry(class).or_default().push((raw, id));
+        self.free.entry(class).or_default().insert(id, raw);
     }
 
     /// Gives every free buffer back to the driver; true if there were any.
@@ -108,7 +110,7 @@ impl Pool {
         let mut freed = 0;
         for (class, buffers) in self.free.drain() {
             freed += class * buffers.len() as u64;
-            buffers.into_iter().for_each(|(raw, _)| raw.destroy());
+            buffers.into_values().for_each(|raw| raw.destroy());
         }
         self.memory.reserved -= freed;
         freed > 0

@@ -17,10 +17,15 @@ pub struct KernelTime {
 pub struct Stats {
     /// Dispatches recorded.
     pub dispatches: u64,
+    /// Bind groups made: dispatches whose combination of buffers was not in the cache.
+    pub bind_groups: u64,
     /// Batches submitted.
     pub submits: u64,
-    /// Host time spent recording dispatches, finishing encoders and submitting them.
+    /// Host time spent recording dispatches and finishing encoders.
     pub host_time: Duration,
+    /// Host time spent in the driver's submit. A GPU's driver returns at once; a software driver may do the work of the
+    /// whole batch inside (Mesa's llvmpipe does).
+    pub submit_time: Duration,
     /// Device time per kernel; empty unless the device was opened with `timestamps`.
     pub kernels: BTreeMap<&'static str, KernelTime>,
 }
