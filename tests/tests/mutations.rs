@@ -184,8 +184,9 @@ fn gguf(source: &Path) -> (Vec<u8>, usize) {
     (0..tokens.len()).for_each(|i| w.0.extend((-(i as f32)).to_le_bytes()));
     w.array("tokenizer.ggml.token_type", 5, tokens.len());
     // unknown, control, control, bytes, then normal
-    let kind = |i: usize| [2, 3, 3].get(i).copied().unwrap_or(if i < 259 { 6 } else { 1 });
-    (0..tokens.len()).for_each(|i| w.0.extend((kind(i) as i32).to_le_bytes()));
+    let kind =
+        |i: usize| -> i32 { [2, 3, 3].get(i).copied().unwrap_or(if i < 259 { 6 } else { 1 }) };
+    (0..tokens.len()).for_each(|i| w.0.extend(kind(i).to_le_bytes()));
     let mut data: Vec<u8> = Vec::new();
     for (hf, name) in &names {
         let shape = weights.shape(hf).to_vec();
