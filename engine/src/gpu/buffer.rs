@@ -63,8 +63,8 @@ pub struct Memory {
 
 #[derive(Default)]
 pub(super) struct Pool {
-    /// Free buffers of each class by id. The lowest id is handed out first, whatever the order of the drops: a step that
-    /// asks like the one before gets the same buffers, and finds its bind groups in the cache.
+    /// Free buffers of each class by id. The lowest id is handed out first, whatever the order of the drops: a
+    /// step that asks like the one before gets the same buffers, and finds its bind groups in the cache.
     free: HashMap<u64, BTreeMap<u64, wgpu::Buffer>>,
     next_id: u64,
     pub memory: Memory,
