@@ -174,7 +174,9 @@ fn golden_decodings_are_reproduced() {
 fn cached_is_uncached_for_every_block_length_and_prompt_length() {
     let Some(llama) = tiny() else { return };
     for b in [1, 2, 4, 8] {
-        for p in 0..=b.min(PROMPT.len()) {
+        // Without a prompt the holes of the first block are all alike: their logits tie exactly, and rounding alone
+        // would choose among them.
+        for p in usize::from(b > 1)..=b.min(PROMPT.len()) {
             for schedule in [fixed(2), Schedule::Threshold(0.2)] {
                 // The last block is cut.
                 let options = block(b, schedule, b + 3);
