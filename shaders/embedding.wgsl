@@ -1,6 +1,6 @@
-// embedding: y[t, c] = table[tokens[t] - first, c] for the tokens of one row shard
+// embedding: y[t, c] = w[tokens[t] - first, c] for the tokens of one row shard
 // tokens    [n]
-// table     [rows, D]; f32, bf16 or f16
+// w         [rows, D], the table; any weight type
 // y         [n, D]; tokens of no shard leave zeros, written with the first shard (first = 0)
 // dispatch  256 elements of y a workgroup, folded
 #import grid
@@ -8,7 +8,7 @@
 struct Params { n: u32, d: u32, first: u32, rows: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> tokens: array<u32>;      // [n]
-@group(0) @binding(2) var<storage, read> table: array<Weight4>;   // [rows, D], flat quads
+@group(0) @binding(2) var<storage, read> w: array<Weight>;        // [rows, D]
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;     // [n, D]
 
 @compute @workgroup_size(256)
@@ -23,8 +23,7 @@ fn main(
     }
     let token = tokens[i / p.d];
     if token >= p.first && token - p.first < p.rows {
-        let at = (token - p.first) * p.d + i % p.d;
-        y[i] = unpack_weight4(table[at / 4u])[at % 4u];
+        y[i] = weight(token - p.first, p.d, i % p.d);
     } else if p.first == 0u {
         y[i] = 0.0;
     }

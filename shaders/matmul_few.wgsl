@@ -1,55 +1,90 @@
-// matmul_few: y[m, n] = sum_k a[m, k] b[n, k] for a few rows, as decoding has; one pass over the weights
+// matmul_few: y[m, n] = sum_k a[m, k] w[n, k] for up to eight rows, as decoding has; one pass over the weights
 // a         [M, K]
-// b         [N, K]; f32, bf16 or f16
-// y         [M, N], or added to it with ADD
-// dispatch  (N / 4, M / 8): 64 lanes share K; K a multiple of 4
+// w         [N, K]; any weight type
+// r         [M, N], added to the product with ONTO 2
+// y         [M, N], added to with ONTO 1
+// dispatch  (N / 4, M / 8): 64 lanes share K; K a multiple of 8
 // shared    64 partial sums of 32 outputs, 8 KiB
 #import weight
-override ADD: u32 = 0u;
+override ROWS: u32 = 8u;   // how many of the eight rows there are, rounded up to 1, 2, 4 or 8
+override ONTO: u32 = 0u;
 struct Params {
-    m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, b_z: u32, b_from: u32, y_from: u32,
+    m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> a: array<vec4<f32>>;     // [M, K / 4]
-@group(0) @binding(2) var<storage, read> b: array<Weight4>;       // [N, K / 4]
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;     // [M, N]
+@group(0) @binding(1) var<storage, read> a: array<vec4<f32>>;         // [M, K], flat quads
+@group(0) @binding(2) var<storage, read> w: array<Weight>;            // [N, K]
+@group(0) @binding(3) var<storage, read> r: array<f32>;         // [M, N]
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;   // [M, N]
 
 var<workgroup> partial: array<vec4<f32>, 512>;   // [64 lanes, 8 rows], a column quad each
 
+// What one row adds to its four columns: eight k.
+fn dots(row: u32, oct: u32, w0: mat2x4<f32>, w1: mat2x4<f32>, w2: mat2x4<f32>, w3: mat2x4<f32>) -> vec4<f32> {
+    let at = min(row, p.m - 1u) * (p.k / 4u) + 2u * oct;
+    let x = a[at];
+    let z = a[at + 1u];
+    return vec4<f32>(dot(x, w0[0]), dot(x, w1[0]), dot(x, w2[0]), dot(x, w3[0]))
+        + vec4<f32>(dot(z, w0[1]), dot(z, w1[1]), dot(z, w2[1]), dot(z, w3[1]));
+}
+
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let k4 = p.k / 4u;
-    let first_n = group.x * 4u;
-    let first_m = group.y * 8u;
+    let first = group.y * 8u;
+    let column = group.x * 4u;
     // Rows and columns past the edge repeat the last one; they are not stored.
-    let n = min(vec4<u32>(first_n) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.n - 1u)) * k4 + p.b_from / 4u;
-    var acc: array<vec4<f32>, 8>;
-    for (var k = lane; k < k4; k += 64u) {
-        let w0 = unpack_weight4(b[n.x + k]);
-        let w1 = unpack_weight4(b[n.y + k]);
-        let w2 = unpack_weight4(b[n.z + k]);
-        let w3 = unpack_weight4(b[n.w + k]);
-        for (var r = 0u; r < 8u; r += 1u) {
-            let x = a[min(first_m + r, p.m - 1u) * k4 + k];
-            acc[r] += vec4<f32>(dot(x, w0), dot(x, w1), dot(x, w2), dot(x, w3));
+    let n = min(vec4<u32>(column, column + 1u, column + 2u, column + 3u), vec4<u32>(p.n - 1u)) + p.w_row;
+    var y0 = vec4<f32>();
+    var y1 = vec4<f32>();
+    var y2 = vec4<f32>();
+    var y3 = vec4<f32>();
+    var y4 = vec4<f32>();
+    var y5 = vec4<f32>();
+    var y6 = vec4<f32>();
+    var y7 = vec4<f32>();
+    for (var oct = lane; oct < p.k / 8u; oct += 64u) {
+        let w0 = weight8(n.x, p.k, oct);
+        let w1 = weight8(n.y, p.k, oct);
+        let w2 = weight8(n.z, p.k, oct);
+        let w3 = weight8(n.w, p.k, oct);
+        y0 += dots(first, oct, w0, w1, w2, w3);
+        if ROWS > 1u {
+            y1 += dots(first + 1u, oct, w0, w1, w2, w3);
+        }
+        if ROWS > 2u {
+            y2 += dots(first + 2u, oct, w0, w1, w2, w3);
+            y3 += dots(first + 3u, oct, w0, w1, w2, w3);
+        }
+        if ROWS > 4u {
+            y4 += dots(first + 4u, oct, w0, w1, w2, w3);
+            y5 += dots(first + 5u, oct, w0, w1, w2, w3);
+            y6 += dots(first + 6u, oct, w0, w1, w2, w3);
+            y7 += dots(first + 7u, oct, w0, w1, w2, w3);
         }
     }
-    for (var r = 0u; r < 8u; r += 1u) {
-        partial[lane * 8u + r] = acc[r];
-    }
+    partial[lane * 8u] = y0;
+    partial[lane * 8u + 1u] = y1;
+    partial[lane * 8u + 2u] = y2;
+    partial[lane * 8u + 3u] = y3;
+    partial[lane * 8u + 4u] = y4;
+    partial[lane * 8u + 5u] = y5;
+    partial[lane * 8u + 6u] = y6;
+    partial[lane * 8u + 7u] = y7;
     workgroupBarrier();
-    let row = first_m + lane / 4u;
-    let column = first_n + lane % 4u;
-    if lane < 32u && row < p.m && column < p.n {
+    let row = first + lane / 4u;
+    let output = column + lane % 4u;
+    if lane < 32u && row < p.m && output < p.n {
         var sum = 0.0;
         for (var i = 0u; i < 64u; i += 1u) {
             sum += partial[i * 8u + lane / 4u][lane % 4u];
         }
-        let at = p.y_from + row * p.n + column;
-        if ADD == 1u {
+        let at = p.y_from + row * p.n + output;
+        if ONTO == 0u {
+            y[at] = sum;
+        } else if ONTO == 1u {
             y[at] += sum;
         } else {
-            y[at] = sum;
+            y[at] = r[at] + sum;
         }
     }
 }

@@ -71,7 +71,7 @@ pub struct ModelArgs {
 /// [`Precision`] by name.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum PrecisionArg {
-    /// As in the file; quantised blocks become f32
+    /// As in the file; GGUF's Q8_0, Q4_0 and Q4_1 stay 8 and 4 bits
     Stored,
     /// 4 bytes a weight
     F32,
@@ -79,6 +79,10 @@ pub enum PrecisionArg {
     Bf16,
     /// 2 bytes a weight, finer than bf16, values up to 65504
     F16,
+    /// 8.5 bits a weight: i8 in blocks of 32
+    Q8,
+    /// 5 bits a weight: 4 bits in blocks of 32
+    Q4,
 }
 
 impl From<PrecisionArg> for Precision {
@@ -88,6 +92,8 @@ impl From<PrecisionArg> for Precision {
             PrecisionArg::F32 => Precision::F32,
             PrecisionArg::Bf16 => Precision::Bf16,
             PrecisionArg::F16 => Precision::F16,
+            PrecisionArg::Q8 => Precision::Q8,
+            PrecisionArg::Q4 => Precision::Q4,
         }
     }
 }

@@ -70,5 +70,6 @@ pub mod ops;
 pub mod philox;
 pub mod selftest;
 pub mod tensor;
+pub mod tune;
 
 pub use error::{Error, Result};

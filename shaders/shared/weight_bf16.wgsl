@@ -1,11 +1,25 @@
-// Four consecutive weights stored as bf16, two to a word: a bf16 is the upper half of an f32.
-alias Weight4 = vec2<u32>;
+// Weights stored as bf16, two to a word: a bf16 is the upper half of an f32. See weight_f32 for the functions.
+alias Weight = vec2<u32>;
 
-fn unpack_weight4(w: Weight4) -> vec4<f32> {
-    return vec4<f32>(
-        bitcast<f32>(w.x << 16u),
-        bitcast<f32>(w.x & 0xffff0000u),
-        bitcast<f32>(w.y << 16u),
-        bitcast<f32>(w.y & 0xffff0000u),
-    );
+fn widen(words: vec2<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(vec4<u32>(
+        words.x << 16u,
+        words.x & 0xffff0000u,
+        words.y << 16u,
+        words.y & 0xffff0000u,
+    ));
+}
+
+fn weight(row: u32, columns: u32, column: u32) -> f32 {
+    let at = row * columns + column;
+    return widen(w[at / 4u])[at % 4u];
+}
+
+fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
+    return widen(w[row * (columns / 4u) + quad]);
+}
+
+fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
+    let at = row * (columns / 4u) + 2u * oct;
+    return mat2x4<f32>(widen(w[at]), widen(w[at + 1u]));
 }

@@ -1,6 +1,19 @@
-// Four consecutive weights stored as f32.
-alias Weight4 = vec4<f32>;
+// Weights stored as f32, from the binding `w` of the kernel: flat quads of rows of `columns` elements.
+alias Weight = vec4<f32>;
 
-fn unpack_weight4(w: Weight4) -> vec4<f32> {
-    return w;
+// One element; `columns` may be any number.
+fn weight(row: u32, columns: u32, column: u32) -> f32 {
+    let at = row * columns + column;
+    return w[at / 4u][at % 4u];
+}
+
+// Elements 4 quad .. 4 quad + 3; columns a multiple of 4.
+fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
+    return w[row * (columns / 4u) + quad];
+}
+
+// Elements 8 oct .. 8 oct + 7; columns a multiple of 8.
+fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
+    let at = row * (columns / 4u) + 2u * oct;
+    return mat2x4<f32>(w[at], w[at + 1u]);
 }

@@ -14,6 +14,7 @@ mod read_back;
 pub mod source;
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
@@ -52,6 +53,15 @@ pub struct GpuOptions {
     pub max_binding: Option<u64>,
 }
 
+/// Names a decision that is made once for a device: which variant of an op serves a class of extents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClassKey {
+    /// The op.
+    pub op: &'static str,
+    /// What tells one class from another; the op knows what each means.
+    pub numbers: [u32; 5],
+}
+
 /// An open device. Clones share it.
 #[derive(Clone)]
 pub struct Gpu(Rc<GpuInner>);
@@ -70,6 +80,7 @@ pub(crate) struct GpuInner {
     timestamps: RefCell<Option<Timestamps>>,
     staging: RefCell<Option<wgpu::Buffer>>,
     budget: Cell<u64>,
+    choices: RefCell<HashMap<ClassKey, usize>>,
     fault: RefCell<Option<Error>>,
     /// Filled by wgpu's callbacks, which may come from any thread.
     reported: Arc<Mutex<Option<Reported>>>,
@@ -161,6 +172,7 @@ impl Gpu {
             cache: RefCell::default(),
             stats: RefCell::default(),
             staging: RefCell::default(),
+            choices: RefCell::default(),
             fault: RefCell::default(),
             reported,
         }))
@@ -174,6 +186,27 @@ impl Gpu {
     /// True if the device has all of these features.
     pub fn has(&self, features: wgpu::Features) -> bool {
         self.0.device.features().contains(features)
+    }
+
+    /// True if every subgroup has `size` invocations.
+    pub fn has_subgroups_of(&self, size: u32) -> bool {
+        let info = &self.0.entry.info;
+        self.has(wgpu::Features::SUBGROUP)
+            && (info.subgroup_min_size, info.subgroup_max_size) == (size, size)
+    }
+
+    /// Which variant was chosen for a class; `None` leaves it to the op's own judgement.
+    pub(crate) fn choice(&self, class: ClassKey) -> Option<usize> {
+        self.0.choices.borrow().get(&class).copied()
+    }
+
+    /// Makes, or with `None` takes back, a choice.
+    pub(crate) fn set_choice(&self, class: ClassKey, variant: Option<usize>) {
+        let mut choices = self.0.choices.borrow_mut();
+        match variant {
+            Some(variant) => choices.insert(class, variant),
+            None => choices.remove(&class),
+        };
     }
 
     /// The largest tensor in bytes that one kernel binding can take; a larger weight is sharded by rows.

@@ -6,10 +6,13 @@
 const SHARED: &[(&str, &str)] = &[
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
+    ("matmul", include_str!("../../../shaders/shared/matmul.wgsl")),
     ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
     ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
     ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),
     ("weight_f32", include_str!("../../../shaders/shared/weight_f32.wgsl")),
+    ("weight_q4", include_str!("../../../shaders/shared/weight_q4.wgsl")),
+    ("weight_q8", include_str!("../../../shaders/shared/weight_q8.wgsl")),
 ];
 
 /// The names of the shared files, for the tests that look for orphans.

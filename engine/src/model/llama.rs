@@ -9,20 +9,23 @@ use super::cache::KvCache;
 use super::config::LlamaConfig;
 use super::save::{SaveTensor, save_model};
 use super::tokenizer::Tokenizer;
+use super::weights::quant::repack;
 use super::weights::{StoredType, Weights};
-use crate::Result;
 use crate::autograd::{checkpoint, without_recording};
 use crate::gpu::Gpu;
 use crate::ops::{
-    AttentionOptions, Mask, add, attention, embedding, linear, rms_norm, rope, swiglu,
+    AttentionOptions, Mask, attention, embedding, linear, linear_onto, rms_norm, rope, swiglu,
 };
 use crate::philox::Philox;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::stored::{decode, encode};
+use crate::tensor::{DType, QUANT_BLOCK, Tensor};
+use crate::{Error, Result};
 
 /// How weight matrices rest in device memory; norms are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
-    /// As the file has them; quantised blocks become f32.
+    /// As the file has them: floats unchanged, blocks of Q8_0 as [`DType::Q8`], of Q4_0 and Q4_1 as
+    /// [`DType::Q4`], all exactly.
     Stored,
     /// f32, as training needs.
     F32,
@@ -30,6 +33,10 @@ pub enum Precision {
     Bf16,
     /// IEEE half.
     F16,
+    /// 8-bit blocks of 32, [`DType::Q8`].
+    Q8,
+    /// 4-bit blocks of 32, [`DType::Q4`].
+    Q4,
 }
 
 /// One named weight. A matrix larger than one storage binding is several tensors of consecutive rows.
@@ -255,7 +262,7 @@ impl Llama {
         let fill = |tensor: &SaveTensor, sink: &mut super::save::Sink<'_>| {
             let parameter = parameters.iter().find(|p| p.name == tensor.name);
             for shard in &parameter.expect("tensors are made of parameters").shards {
-                sink(&encode(&widen(shard)?, dtype))?;
+                sink(&encode(&widen(shard)?, shard.shape().last(), saved_type(dtype)))?;
             }
             Ok(())
         };
@@ -289,10 +296,10 @@ impl Layer {
         let k = rope(&heads(&self.k, self.kv_heads), positions, inv_freq);
         let v = heads(&self.v, self.kv_heads);
         let a = attend(&q, &k, &v).reshape([b, t, self.heads * self.head_dim]);
-        let x = add(x, &linear(&a, &self.o.shards));
+        let x = linear_onto(x, &a, &self.o.shards);
         let h = rms_norm(&x, &self.post_norm.shards[0], self.eps);
         let f = swiglu(&linear(&h, &self.gate.shards), &linear(&h, &self.up.shards));
-        add(&x, &linear(&f, &self.down.shards))
+        linear_onto(&x, &f, &self.down.shards)
     }
 }
 
@@ -304,7 +311,7 @@ fn sharded(
     dtype: DType,
     mut rows: impl FnMut(std::ops::Range<usize>) -> Result<Vec<u8>>,
 ) -> Result<Parameter> {
-    let row_bytes = shape[1..].iter().product::<usize>() * dtype.size();
+    let row_bytes = dtype.row_bytes(shape[1..].iter().product());
     // Multiples of four rows keep every shard on the fast kernels.
     let most = ((gpu.max_binding() as usize / row_bytes.max(1)) & !3).max(1);
     let mut shards = Vec::new();
@@ -327,47 +334,47 @@ fn upload(
     let dtype = match (shape.len(), precision, stored) {
         (2, Precision::Bf16, _) | (2, Precision::Stored, StoredType::BF16) => DType::Bf16,
         (2, Precision::F16, _) | (2, Precision::Stored, StoredType::F16) => DType::F16,
+        (2, Precision::Q8, _) | (2, Precision::Stored, StoredType::Q8_0) => DType::Q8,
+        (2, Precision::Q4, _) | (2, Precision::Stored, StoredType::Q4_0 | StoredType::Q4_1) => {
+            DType::Q4
+        }
         _ => DType::F32,
     };
-    let target = stored_type(dtype);
+    let columns: usize = shape[1..].iter().product();
+    if matches!(dtype, DType::Q8 | DType::Q4) && !columns.is_multiple_of(QUANT_BLOCK) {
+        return Err(Error::model(
+            weights.path(),
+            format!(
+                "{name} has rows of {columns}, which are no whole blocks of {QUANT_BLOCK}; load it in a \
+                 precision without blocks (bf16, say)"
+            ),
+        ));
+    }
     sharded(gpu, name, shape, dtype, |rows| {
-        if stored == target
+        if saved_type(stored) == dtype
             && let Some(bytes) = weights.rows_bytes(name, rows.clone())?
         {
             return Ok(bytes.into_owned());
         }
-        Ok(encode(&weights.rows_f32(name, rows)?, target))
+        if let (StoredType::Q8_0, DType::Q8) | (StoredType::Q4_0 | StoredType::Q4_1, DType::Q4) =
+            (stored, dtype)
+        {
+            return Ok(repack(stored, &weights.rows_stored(name, rows)?, columns));
+        }
+        Ok(encode(&weights.rows_f32(name, rows)?, columns, dtype))
     })
 }
 
-fn stored_type(dtype: DType) -> StoredType {
+/// The type that weights are saved as.
+fn saved_type(dtype: StoredType) -> DType {
     match dtype {
-        DType::Bf16 => StoredType::BF16,
-        DType::F16 => StoredType::F16,
-        DType::F32 | DType::U32 => StoredType::F32,
-    }
-}
-
-/// Little-endian elements of a float type, rounded to nearest even.
-fn encode(values: &[f32], dtype: StoredType) -> Vec<u8> {
-    match dtype {
-        StoredType::BF16 => {
-            values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect()
-        }
-        StoredType::F16 => {
-            values.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect()
-        }
-        _ => bytemuck::cast_slice(values).to_vec(),
+        StoredType::BF16 => DType::Bf16,
+        StoredType::F16 => DType::F16,
+        _ => DType::F32,
     }
 }
 
 /// A shard's values as f32 on the host.
 fn widen(shard: &Tensor) -> Result<Vec<f32>> {
-    let bytes = shard.to_bytes()?;
-    let words = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    Ok(match shard.dtype() {
-        DType::Bf16 => words.map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-        DType::F16 => words.map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
-        _ => bytemuck::pod_collect_to_vec(&bytes),
-    })
+    Ok(decode(&shard.to_bytes()?, shard.shape().last(), shard.dtype()))
 }

@@ -99,11 +99,7 @@ impl Case {
 
     /// True if this device can run it.
     pub fn runs_on(&self, gpu: &crate::gpu::Gpu) -> bool {
-        let info = &gpu.adapter().info;
-        self.subgroup.is_none_or(|size| {
-            gpu.has(wgpu::Features::SUBGROUP)
-                && (info.subgroup_min_size, info.subgroup_max_size) == (size, size)
-        })
+        self.subgroup.is_none_or(|size| gpu.has_subgroups_of(size))
     }
 
     /// As a bench too.

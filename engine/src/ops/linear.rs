@@ -4,7 +4,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::matmul::{Layout, Target, matmul, matmul_chunk};
+use super::elementwise::add;
+use super::matmul::{Layout, Target, matmul, matmul_chunk, matmul_onto};
 use crate::gpu::{Kernel, fold, kernel};
 use crate::tensor::{DType, Tensor};
 
@@ -64,6 +65,17 @@ pub fn linear(x: &Tensor, weight: &[Tensor]) -> Tensor {
     })
 }
 
+/// residual + [`linear`]`(x, weight)`: [.., O], in one pass over memory where the weight is one shard.
+///
+/// # Panics
+/// As [`linear`], and if the residual has another shape.
+#[track_caller]
+pub fn linear_onto(residual: &Tensor, x: &Tensor, weight: &[Tensor]) -> Tensor {
+    let [whole] = weight else { return add(residual, &linear(x, weight)) };
+    let (x, r) = (x.reshape(x.shape().matrix()), residual.reshape(residual.shape().matrix()));
+    matmul_onto(&x, whole, Layout::NT, Some(&r)).reshape(residual.shape())
+}
+
 fn copy_columns(from: &Tensor, to: &Tensor, narrow: usize, start: usize, out: bool) {
     let (few, many) = if out { (to, from) } else { (from, to) };
     let params = Params {
@@ -85,7 +97,7 @@ pub fn rows(x: &Tensor, first: usize, n: usize) -> Tensor {
     let [t, d] = x.shape().matrix();
     assert!(first + n <= t, "rows {first}..{} of {}", first + n, x.shape());
     let y = Tensor::empty(x.gpu(), [n, d], x.dtype(), "rows");
-    let size = (d * x.dtype().size()) as u64;
+    let size = x.dtype().row_bytes(d) as u64;
     x.gpu().copy(x.buffer(), first as u64 * size, y.buffer(), 0, n as u64 * size);
     y.record_none("rows", &[x])
 }
@@ -117,9 +129,29 @@ mod cases {
         .tolerance(Tolerance::SUM)
     }
 
+    fn onto(d: usize, shards: &[usize]) -> Case {
+        let plain = case(&[2, 3], d, shards);
+        let mut inputs = vec![Input::Normal([2, 3, shards.iter().sum()].into())];
+        inputs.extend(plain.inputs.iter().cloned());
+        let product = plain.reference;
+        Case::new(
+            format!("linear onto a residual {d} shards {shards:?}"),
+            inputs,
+            |t| linear_onto(&t[0], &t[1], &t[2..]),
+            move |x| {
+                let y = product(&x[1..]);
+                Array::from_fn(&*y.shape, |i| y.data[i] + x[0].data[i])
+            },
+        )
+        .tolerance(Tolerance::SUM)
+    }
+
     /// The linear layer's cases.
     pub fn cases() -> Vec<Case> {
         vec![
+            onto(8, &[12]),
+            onto(5, &[7]),
+            onto(8, &[12, 4]),
             case(&[2, 3], 8, &[12]),
             case(&[2, 3], 8, &[12, 5, 8]),
             case(&[37], 12, &[8, 8]),

@@ -24,9 +24,9 @@ pub use elementwise::{
     square, sub, tanh,
 };
 pub use embedding::embedding;
-pub use linear::{linear, rows};
+pub use linear::{linear, linear_onto, rows};
 pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
-pub use matmul::{Layout, MatmulKernel, matmul};
+pub use matmul::{Layout, MatmulKernel, Product, matmul};
 pub use optimizer::{AdamW, adamw_step, grad_norm};
 pub use reduce::{max, mean, sum, sum_all, sum_to};
 pub use rms_norm::rms_norm;

@@ -5,6 +5,7 @@
 #[cfg(feature = "cases")]
 pub mod host;
 mod shape;
+pub mod stored;
 
 use std::cell::Cell;
 use std::fmt;
@@ -18,7 +19,7 @@ use crate::autograd::{Node, Origin};
 use crate::gpu::{Buffer, Gpu, Kernel, Variant};
 use crate::{Error, Result};
 
-/// Element types. Arithmetic is f32; the halves are for weights at rest, u32 for tokens and positions.
+/// Element types. Arithmetic is f32; u32 is for tokens and positions, the others for weights at rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// IEEE single precision.
@@ -29,23 +30,55 @@ pub enum DType {
     F16,
     /// Unsigned integers.
     U32,
+    /// Blocks of 32 along the last axis, x = d·q with i8 q and f16 d: 8.5 bits an element. Layout:
+    /// `shaders/shared/weight_q8.wgsl`.
+    Q8,
+    /// Blocks of 32 along the last axis, x = d·q + m with 4-bit q and f16 d, m: 5 bits an element. Layout:
+    /// `shaders/shared/weight_q4.wgsl`.
+    Q4,
 }
 
+/// Elements of a quantised row that share a scale.
+pub const QUANT_BLOCK: usize = 32;
+
 impl DType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
+    /// Bytes of one row (the last axis) of `columns` elements.
+    ///
+    /// # Panics
+    /// If a quantised row is no whole number of blocks.
+    #[track_caller]
+    pub fn row_bytes(self, columns: usize) -> usize {
+        let blocks = columns / QUANT_BLOCK;
+        let quantised = matches!(self, DType::Q8 | DType::Q4);
+        let whole = columns.is_multiple_of(QUANT_BLOCK);
+        assert!(!quantised || whole, "a {self:?} row of {columns} is no multiple of {QUANT_BLOCK}");
         match self {
-            DType::F32 | DType::U32 => 4,
-            DType::Bf16 | DType::F16 => 2,
+            DType::F32 | DType::U32 => 4 * columns,
+            DType::Bf16 | DType::F16 => 2 * columns,
+            // Scales are two to a word; the last word of an odd number is half used.
+            DType::Q8 => columns + 4 * blocks.div_ceil(2),
+            DType::Q4 => columns / 2 + 4 * blocks,
         }
     }
 
-    /// The shared WGSL file that unpacks four weights of this type.
+    /// Bytes of a tensor of this shape.
+    ///
+    /// # Panics
+    /// As [`DType::row_bytes`].
+    #[track_caller]
+    pub fn bytes(self, shape: &Shape) -> usize {
+        let [rows, columns] = shape.matrix();
+        rows * self.row_bytes(columns)
+    }
+
+    /// The shared WGSL file that reads weights of this type.
     pub fn weight_import(self) -> &'static str {
         match self {
             DType::F32 => "weight_f32",
             DType::Bf16 => "weight_bf16",
             DType::F16 => "weight_f16",
+            DType::Q8 => "weight_q8",
+            DType::Q4 => "weight_q4",
             DType::U32 => panic!("u32 tensors are not weights"),
         }
     }
@@ -72,7 +105,7 @@ impl Tensor {
     /// Memory of this shape with undefined contents, for `op` to write all of.
     pub fn empty(gpu: &Gpu, shape: impl Into<Shape>, dtype: DType, op: &str) -> Tensor {
         let shape = shape.into();
-        let buffer = gpu.alloc((shape.numel() * dtype.size()) as u64, op, &shape);
+        let buffer = gpu.alloc(dtype.bytes(&shape) as u64, op, &shape);
         Tensor(Rc::new(Inner { gpu: gpu.clone(), shape, dtype, buffer, origin: Origin::Constant }))
     }
 
@@ -119,7 +152,7 @@ impl Tensor {
         name: &str,
     ) -> Tensor {
         let tensor = Self::empty(gpu, shape, dtype, name);
-        let expected = tensor.numel() * dtype.size();
+        let expected = dtype.bytes(tensor.shape());
         assert_eq!(bytes.len(), expected, "{name}: bytes for {dtype:?} {}", tensor.shape());
         gpu.write(&tensor.0.buffer, 0, bytes);
         tensor

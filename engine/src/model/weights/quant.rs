@@ -1,6 +1,10 @@
 //! How weights are stored, and how each type becomes f32. Not here: where they lie (`weights.rs`).
 
+use std::array;
+
 use half::{bf16, f16};
+
+use crate::tensor::stored::{Q4Block, Q8Block, q4_rows, q8_rows};
 
 /// Type of a stored tensor. The quantised ones are those of GGML; all bytes are little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,6 +100,37 @@ pub(crate) fn dequantise(dtype: StoredType, bytes: &[u8], out: &mut Vec<f32>) {
     }
 }
 
+/// GGML blocks as the rows of `columns` that kernels read, exactly: Q8_0 as [`crate::tensor::DType::Q8`], Q4_0 and
+/// Q4_1 as [`crate::tensor::DType::Q4`].
+///
+/// # Panics
+/// On a type without blocks.
+pub(crate) fn repack(dtype: StoredType, bytes: &[u8], columns: usize) -> Vec<u8> {
+    let half = |b: &[u8]| f16::from_le_bytes([b[0], b[1]]);
+    let q4 = |block: &[u8], m: f16, packed: &[u8]| Q4Block {
+        d: half(block),
+        m,
+        q: array::from_fn(|i| (packed[i % 16] >> (4 * (i / 16))) & 15),
+    };
+    match dtype {
+        StoredType::Q8_0 => {
+            let block =
+                |b: &[u8; 34]| Q8Block { d: half(b), q: array::from_fn(|i| b[2 + i] as i8) };
+            q8_rows(columns, bytes.as_chunks().0.iter().map(block))
+        }
+        StoredType::Q4_0 => {
+            // x = d (q - 8): the minimum is -8 d, exact but where it overflows f16.
+            let block = |b: &[u8; 18]| q4(b, f16::from_f32(-8.0 * half(b).to_f32()), &b[2..]);
+            q4_rows(columns, bytes.as_chunks().0.iter().map(block))
+        }
+        StoredType::Q4_1 => {
+            let block = |b: &[u8; 20]| q4(b, half(&b[2..]), &b[4..]);
+            q4_rows(columns, bytes.as_chunks().0.iter().map(block))
+        }
+        float => panic!("{float:?} has no blocks"),
+    }
+}
+
 fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
@@ -131,5 +166,29 @@ mod tests {
         assert_eq!(q8_0, (0..32).map(|i| 0.25 * (i - 16) as f32).collect::<Vec<_>>());
         assert_eq!(decode(StoredType::BF16, vec![0x80, 0x3f, 0, 0xc0]), [1.0, -2.0]);
         assert_eq!(decode(StoredType::F16, half(1.5).to_vec()), [1.5]);
+    }
+
+    #[test]
+    fn repacked_blocks_keep_their_values() {
+        use crate::tensor::{DType, stored};
+        let noise: Vec<u8> = (0..2 * 3 * 34).map(|i| (i * 89 + 7) as u8).collect();
+        for (dtype, block, to) in [
+            (StoredType::Q8_0, 34, DType::Q8),
+            (StoredType::Q4_0, 18, DType::Q4),
+            (StoredType::Q4_1, 20, DType::Q4),
+        ] {
+            let mut bytes = noise[..2 * 3 * block].to_vec();
+            for b in bytes.chunks_mut(block) {
+                // Finite scales.
+                b[..2].copy_from_slice(&f16::from_f32(f32::from(b[5]) / 64.0).to_le_bytes());
+                if dtype == StoredType::Q4_1 {
+                    b[2..4].copy_from_slice(&f16::from_f32(-1.5).to_le_bytes());
+                }
+            }
+            let mut expected = vec![];
+            dequantise(dtype, &bytes, &mut expected);
+            let rows = repack(dtype, &bytes, 96);
+            assert_eq!(stored::decode(&rows, 96, to), expected, "{dtype:?}");
+        }
     }
 }

@@ -1,0 +1,323 @@
+//! The family of kernels behind a matrix product: what each can do, which one a device uses without being asked
+//! to race them, and how each is dispatched. Every one is held to the same cases.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Extents, Layout, Target};
+use crate::gpu::{ClassKey, Gpu, Kernel, Variant, fold, kernel};
+use crate::tensor::{DType, QUANT_BLOCK, Tensor};
+
+const TILE: Kernel = kernel!("matmul");
+const WIDE: Kernel = kernel!("matmul_wide");
+const SLICES: Kernel = kernel!("matmul_slices");
+const FEW: Kernel = kernel!("matmul_few");
+const SUBGROUP8: Kernel = kernel!("matmul_subgroup8");
+const FEW_SUBGROUP8: Kernel = kernel!("matmul_few_subgroup8");
+const ANY: Kernel = kernel!("matmul_any");
+
+/// A way to compute the product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MatmulKernel {
+    /// 64 × 64 tiles through workgroup memory, 4 × 4 outputs an invocation.
+    Tile,
+    /// 128 × 128 tiles, 8 × 8 outputs an invocation.
+    Wide,
+    /// [`MatmulKernel::Tile`] over slices of K and a sum, for products of few tiles and long sums.
+    Sliced,
+    /// A few rows (decoding): lanes share K, one pass over the weights; NT only.
+    Few,
+    /// Broadcasts inside subgroups of eight, for software adapters.
+    Subgroup8,
+    /// The same for a few rows; NT only.
+    FewSubgroup8,
+    /// Any extents.
+    Any,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    m: u32,
+    n: u32,
+    k: u32,
+    a_m: u32,
+    a_k: u32,
+    a_z: u32,
+    w_z: u32,
+    w_row: u32,
+    y_from: u32,
+    k_slice: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SlicesParams {
+    quads: u32,
+    slices: u32,
+    y_from: u32,
+}
+
+/// Rows from which a product is no longer one of a few rows.
+const FEW_ROWS: usize = 16;
+/// K that one slice takes.
+const SLICE: usize = 256;
+/// Tiles of 64 × 64 below which a GPU is not filled, so that cutting K pays.
+const FEW_TILES: usize = 64;
+/// Tiles of 128 × 128 from which a GPU is filled by them.
+const MANY_TILES: usize = 128;
+
+impl MatmulKernel {
+    /// Every kernel, in the order they are raced.
+    pub const ALL: [MatmulKernel; 7] = [
+        MatmulKernel::Tile,
+        MatmulKernel::Wide,
+        MatmulKernel::Sliced,
+        MatmulKernel::Few,
+        MatmulKernel::Subgroup8,
+        MatmulKernel::FewSubgroup8,
+        MatmulKernel::Any,
+    ];
+
+    /// The kernel's file, which names it in reports and in the cache of choices.
+    pub fn name(self) -> &'static str {
+        match self {
+            MatmulKernel::Tile => TILE.name,
+            MatmulKernel::Wide => WIDE.name,
+            MatmulKernel::Sliced => SLICES.name,
+            MatmulKernel::Few => FEW.name,
+            MatmulKernel::Subgroup8 => SUBGROUP8.name,
+            MatmulKernel::FewSubgroup8 => FEW_SUBGROUP8.name,
+            MatmulKernel::Any => ANY.name,
+        }
+    }
+
+    /// The kernel of this name.
+    pub fn named(name: &str) -> Option<MatmulKernel> {
+        Self::ALL.into_iter().find(|kernel| kernel.name() == name)
+    }
+
+    /// The WGSL, which a choice is valid for.
+    pub(crate) fn source(self) -> &'static str {
+        match self {
+            MatmulKernel::Tile => TILE.source,
+            MatmulKernel::Wide => WIDE.source,
+            MatmulKernel::Sliced => SLICES.source,
+            MatmulKernel::Few => FEW.source,
+            MatmulKernel::Subgroup8 => SUBGROUP8.source,
+            MatmulKernel::FewSubgroup8 => FEW_SUBGROUP8.source,
+            MatmulKernel::Any => ANY.source,
+        }
+    }
+
+    /// The subgroup size it needs.
+    #[cfg(feature = "cases")]
+    pub(crate) fn subgroups(self) -> Option<u32> {
+        matches!(self, MatmulKernel::Subgroup8 | MatmulKernel::FewSubgroup8).then_some(8)
+    }
+
+    /// True if this device and these extents allow it.
+    pub(crate) fn able(self, gpu: &Gpu, layout: Layout, e: &Extents) -> bool {
+        let contiguous = if layout == Layout::TN { e.m } else { e.k };
+        let quads = [e.n, e.k, contiguous].iter().all(|extent| extent.is_multiple_of(4));
+        let few = layout == Layout::NT && e.z == 1 && e.k.is_multiple_of(8);
+        match self {
+            MatmulKernel::Any => true,
+            MatmulKernel::Tile | MatmulKernel::Wide => quads,
+            MatmulKernel::Sliced => quads && e.z == 1 && e.k > SLICE,
+            MatmulKernel::Few => few && e.m <= FEW_ROWS,
+            MatmulKernel::Subgroup8 => quads && gpu.has_subgroups_of(8),
+            MatmulKernel::FewSubgroup8 => few && e.m <= FEW_ROWS && gpu.has_subgroups_of(8),
+        }
+    }
+
+    /// What is used without a race.
+    pub(crate) fn default_for(gpu: &Gpu, layout: Layout, e: &Extents) -> MatmulKernel {
+        let tiles = |edge: usize| e.m.div_ceil(edge) * e.n.div_ceil(edge) * e.z;
+        let preferred = if gpu.has_subgroups_of(8) {
+            [MatmulKernel::FewSubgroup8, MatmulKernel::Subgroup8]
+        } else if e.m <= FEW_ROWS {
+            [MatmulKernel::Few, MatmulKernel::Tile]
+        } else if tiles(128) >= MANY_TILES {
+            [MatmulKernel::Wide, MatmulKernel::Tile]
+        } else if tiles(64) < FEW_TILES && e.k >= 4 * SLICE {
+            [MatmulKernel::Sliced, MatmulKernel::Tile]
+        } else {
+            [MatmulKernel::Tile, MatmulKernel::Tile]
+        };
+        let able = preferred.into_iter().find(|kernel| kernel.able(gpu, layout, e));
+        able.unwrap_or(MatmulKernel::Any)
+    }
+
+    /// The winner of the race for this class of products if there was one, else the default.
+    pub(crate) fn choose(gpu: &Gpu, layout: Layout, weight: DType, e: &Extents) -> MatmulKernel {
+        let raced = gpu.choice(class(layout, weight, e)).and_then(|i| Self::ALL.get(i)).copied();
+        raced
+            .filter(|kernel| kernel.able(gpu, layout, e))
+            .unwrap_or_else(|| Self::default_for(gpu, layout, e))
+    }
+
+    /// Records the product; K is at least 1.
+    pub(crate) fn run(
+        self,
+        a: &Tensor,
+        w: &Tensor,
+        layout: Layout,
+        e: &Extents,
+        target: &Target<'_>,
+        residual: Option<&Tensor>,
+    ) {
+        let Extents { z, m, n, k, .. } = *e;
+        let y = target.y;
+        let y_from = (target.row * n) as u32;
+        let (a_m, a_k) = if layout == Layout::TN { (1, m) } else { (k, 1) };
+        let slice = SLICE.max(k.div_ceil(32).next_multiple_of(32));
+        let params = Params {
+            m: m as u32,
+            n: n as u32,
+            k: k as u32,
+            a_m: a_m as u32,
+            a_k: a_k as u32,
+            a_z: (m * k) as u32,
+            w_z: if layout == Layout::NT { n } else { k } as u32,
+            w_row: target.b_row as u32,
+            y_from,
+            k_slice: slice as u32,
+        };
+        let onto = match residual {
+            Some(_) => 2,
+            None => u32::from(target.add),
+        };
+        let onto = ("ONTO", onto);
+        let a_transposed = ("A_TRANSPOSED", u32::from(layout == Layout::TN));
+        let w_transposed = ("W_TRANSPOSED", u32::from(layout == Layout::NT));
+        let imports = [("weight", w.dtype().weight_import())];
+        // Without a residual the binding is never read; any tensor may stand in.
+        let r = residual.unwrap_or(a);
+        let run = |variant: Variant<'_>, [tile_n, tile_m]: [usize; 2]| {
+            let grid = [n.div_ceil(tile_n) as u32, m.div_ceil(tile_m) as u32, z as u32];
+            variant.import(&imports).run(&params, &[a, w, r], &[y], grid);
+        };
+        match self {
+            MatmulKernel::Tile => run(TILE.with(&[a_transposed, w_transposed, onto]), [64, 64]),
+            MatmulKernel::Wide => run(WIDE.with(&[a_transposed, w_transposed, onto]), [128, 128]),
+            MatmulKernel::Sliced => {
+                let slices = k.div_ceil(slice);
+                let parts = Tensor::empty(a.gpu(), [slices, m, n], DType::F32, "matmul slices");
+                let grid = [n.div_ceil(64) as u32, m.div_ceil(64) as u32, slices as u32];
+                let sliced = [a_transposed, w_transposed, ("SLICED", 1)];
+                let whole = Params { y_from: 0, ..params };
+                TILE.with(&sliced).import(&imports).run(&whole, &[a, w, a], &[&parts], grid);
+                let quads = m * n / 4;
+                let params = SlicesParams { quads: quads as u32, slices: slices as u32, y_from };
+                let r = residual.unwrap_or(&parts);
+                SLICES.with(&[onto]).run(&params, &[&parts, r], &[y], fold(quads.div_ceil(256)));
+            }
+            MatmulKernel::Few => {
+                let rows = m.clamp(1, 8).next_power_of_two() as u32;
+                run(FEW.with(&[("ROWS", rows), onto]), [4, 8]);
+            }
+            MatmulKernel::Subgroup8 => {
+                run(SUBGROUP8.with(&[a_transposed, w_transposed, onto]), [64, 32]);
+            }
+            MatmulKernel::FewSubgroup8 => {
+                let quads = m.div_ceil(4).clamp(1, 4).next_power_of_two();
+                run(FEW_SUBGROUP8.with(&[("QUADS", quads as u32), onto]), [16, 4 * quads]);
+            }
+            MatmulKernel::Any => run(ANY.with(&[w_transposed, onto]), [16, 16]),
+        }
+    }
+}
+
+/// Products of one class share a choice: the layout, the weight's type, and the extents rounded up to powers of two.
+fn class(layout: Layout, weight: DType, e: &Extents) -> ClassKey {
+    let up = |extent: usize| extent.next_power_of_two() as u32;
+    let kind = layout as u32 * 8 + weight as u32;
+    ClassKey { op: "matmul", numbers: [kind, e.z.min(2) as u32, up(e.m), up(e.n), up(e.k)] }
+}
+
+/// A product to choose a kernel for: [M, K] · [K, N], one matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// Which operand is stored transposed.
+    pub layout: Layout,
+    /// Type of the second operand.
+    pub weight: DType,
+    /// Rows.
+    pub m: usize,
+    /// Columns.
+    pub n: usize,
+    /// Length of the sums.
+    pub k: usize,
+}
+
+impl Product {
+    fn extents(&self) -> Extents {
+        let Product { m, n, k, .. } = *self;
+        Extents { z: 1, m, n, k, output: [m, n].into() }
+    }
+
+    fn class(&self) -> ClassKey {
+        class(self.layout, self.weight, &self.extents())
+    }
+
+    /// The class in words, as in `NT F16 4x2048x1024`: layout, weight type, M×N×K up to which it reaches.
+    pub fn class_name(&self) -> String {
+        let [_, _, m, n, k] = self.class().numbers;
+        format!("{:?} {:?} {m}x{n}x{k}", self.layout, self.weight)
+    }
+
+    /// Floating-point operations.
+    pub fn flops(&self) -> f64 {
+        2.0 * (self.m * self.n * self.k) as f64
+    }
+
+    /// The operands' shapes as stored.
+    pub(crate) fn shapes(&self) -> ([usize; 2], [usize; 2]) {
+        let Product { m, n, k, .. } = *self;
+        match self.layout {
+            Layout::NN => ([m, k], [k, n]),
+            Layout::NT => ([m, k], [n, k]),
+            Layout::TN => ([k, m], [k, n]),
+        }
+    }
+
+    /// Whole blocks along the weight's rows, and quads where the fast kernels need them.
+    pub(crate) fn even(self) -> Product {
+        let row = if matches!(self.weight, DType::Q8 | DType::Q4) { QUANT_BLOCK } else { 4 };
+        let up = |extent: usize, to: usize| extent.next_multiple_of(to);
+        let (n, k) = match self.layout {
+            Layout::NT => (up(self.n, 4), up(self.k, row)),
+            Layout::NN | Layout::TN => (up(self.n, row), up(self.k, 4)),
+        };
+        let m = if self.layout == Layout::TN { up(self.m, 4) } else { self.m };
+        Product { m, n, k, ..self }
+    }
+
+    /// The kernels that can do it here.
+    pub(crate) fn kernels(&self, gpu: &Gpu) -> Vec<MatmulKernel> {
+        let e = self.extents();
+        MatmulKernel::ALL.into_iter().filter(|kernel| kernel.able(gpu, self.layout, &e)).collect()
+    }
+
+    /// What is used without a race.
+    pub fn default_kernel(&self, gpu: &Gpu) -> MatmulKernel {
+        MatmulKernel::default_for(gpu, self.layout, &self.extents())
+    }
+
+    /// Chooses a kernel for this product's class on this device.
+    pub fn decide(&self, gpu: &Gpu, kernel: MatmulKernel) {
+        let index = MatmulKernel::ALL.iter().position(|k| *k == kernel);
+        gpu.set_choice(self.class(), index);
+    }
+
+    /// Leaves the class to the default again.
+    pub fn undecide(&self, gpu: &Gpu) {
+        gpu.set_choice(self.class(), None);
+    }
+
+    /// Records y = a · w with one kernel.
+    pub(crate) fn run(&self, kernel: MatmulKernel, a: &Tensor, w: &Tensor, y: &Tensor) {
+        let target = Target { y, row: 0, b_row: 0, add: false };
+        kernel.run(a, w, self.layout, &self.extents(), &target, None);
+    }
+}

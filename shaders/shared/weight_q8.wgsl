@@ -1,0 +1,30 @@
+// Weights in blocks of 32 along a row, x = d q: a row is its i8 q, four to a word, then the f16 d of its blocks,
+// two to a word. Columns are a multiple of 32. See weight_f32 for the functions.
+alias Weight = u32;
+
+fn row_start(row: u32, columns: u32) -> u32 {
+    return row * (columns / 4u + (columns / 32u + 1u) / 2u);
+}
+
+fn block_scale(start: u32, columns: u32, block: u32) -> f32 {
+    return unpack2x16float(w[start + columns / 4u + block / 2u])[block % 2u];
+}
+
+fn signed(word: u32) -> vec4<f32> {
+    return vec4<f32>(bitcast<vec4<i32>>(vec4<u32>(word << 24u, word << 16u, word << 8u, word)) >> vec4<u32>(24u));
+}
+
+fn weight(row: u32, columns: u32, column: u32) -> f32 {
+    return weight4(row, columns, column / 4u)[column % 4u];
+}
+
+fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
+    let start = row_start(row, columns);
+    return block_scale(start, columns, quad / 8u) * signed(w[start + quad]);
+}
+
+fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
+    let start = row_start(row, columns);
+    let d = block_scale(start, columns, oct / 4u);
+    return mat2x4<f32>(d * signed(w[start + 2u * oct]), d * signed(w[start + 2u * oct + 1u]));
+}
