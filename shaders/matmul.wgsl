@@ -5,6 +5,7 @@
 // y         [Z, M, N], added to with ONTO 1; [slices, M, N] with SLICED
 // dispatch  (N / 64, M / 64, Z or slices); the contiguous extents of a and w, K and N are multiples of 4
 // shared    two 32 x 64 tiles, k outermost, 16 KiB
+#import weight
 #import matmul
 struct Params {
     m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,

@@ -6,6 +6,7 @@
 // dispatch  (N / 128, M / 128, Z or slices); the contiguous extents of a and w, K and N are multiples of 4
 // shared    two 16 x 128 tiles, k outermost, 16 KiB
 // For large products on GPUs with registers to spare: twice the arithmetic for each value read as `matmul`.
+#import weight
 #import matmul
 struct Params {
     m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,

@@ -5,17 +5,22 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use demask_engine::gpu::{ADAPTER_ENV, AdapterEntry, Gpu, GpuOptions, install_hint, list};
+use demask_engine::ops::{Layout, Product};
 use demask_engine::selftest::{self, Check};
+use demask_engine::tensor::DType;
+use demask_engine::tune::{Decision, Tuning, Verdict, cache_dir};
 use serde_json::{Value, json};
 use wgpu::Features;
 
 use crate::args::Common;
+use crate::tune::TuneArgs;
 use crate::ui;
 
 const EXAMPLES: &str = "\
 Examples:
   demask doctor
   demask doctor --adapter llvmpipe     test one adapter of several
+  demask doctor --retune               race the kernels again, after a driver's update, say
   demask doctor --json | jq .selftest
 
 Exit code 1 if there is no adapter or a kernel gives wrong numbers.";
@@ -27,6 +32,13 @@ const SPEED_SIZE: usize = 512;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
+    /// Forget which kernels earlier races chose on this device
+    #[arg(long, conflicts_with = "no_tune")]
+    retune: bool,
+
+    #[command(flatten)]
+    tune: TuneArgs,
+
     #[command(flatten)]
     common: Common,
 }
@@ -37,11 +49,13 @@ struct Examined {
     why: String,
     checks: Vec<Check>,
     gflops: f64,
+    /// Which kernel serves which class of products, against what.
+    kernels: Vec<(String, Decision)>,
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
     let adapters = pollster::block_on(list());
-    let examined = examine(&args.common, &adapters);
+    let examined = examine(&args, &adapters);
     if args.common.json {
         ui::print_json(&as_json(&adapters, &examined))?;
     } else {
@@ -62,13 +76,44 @@ pub fn run(args: Args) -> Result<ExitCode> {
     )
 }
 
-fn examine(common: &Common, adapters: &[AdapterEntry]) -> Result<Examined> {
+/// The products that are raced here: a decode step's, in every type of weights, and a training step's, with the
+/// extents of a model of 135 million parameters.
+fn typical_products() -> Vec<Product> {
+    let product = |layout, weight, m, n, k| Product { layout, weight, m, n, k };
+    let weights = [DType::F32, DType::F16, DType::Bf16, DType::Q8, DType::Q4];
+    let decode = weights.map(|weight| product(Layout::NT, weight, 4, 1536, 576));
+    let train = [
+        product(Layout::NT, DType::F32, 512, 1536, 576),
+        product(Layout::NN, DType::F32, 512, 576, 1536),
+        product(Layout::TN, DType::F32, 1536, 576, 512),
+    ];
+    decode.into_iter().chain(train).collect()
+}
+
+fn kernels(args: &Args, gpu: &Gpu) -> Result<Vec<(String, Decision)>> {
+    let products = typical_products();
+    if args.retune {
+        Tuning::open(gpu, &cache_dir()).forget(&products);
+    }
+    let Some(tuning) = args.tune.prepare(gpu, &products, args.common.notices())? else {
+        return Ok(Vec::new());
+    };
+    let of = |p: &Product| {
+        let class = p.class_name();
+        tuning.decisions().get(&class).map(|decision| (class.clone(), decision.clone()))
+    };
+    Ok(products.iter().filter_map(of).collect())
+}
+
+fn examine(args: &Args, adapters: &[AdapterEntry]) -> Result<Examined> {
+    let common = &args.common;
     let options = GpuOptions { adapter: common.adapter.clone(), ..GpuOptions::default() };
     let gpu = Gpu::open(options)?;
     common.notices().say("testing the kernels …");
     let checks = selftest::run(&gpu).context("the self-test could not run")?;
     let gflops = selftest::matmul_gflops(&gpu, SPEED_SIZE).context("the speed test")?;
-    Ok(Examined { why: why(common, gpu.adapter(), adapters), gpu, checks, gflops })
+    let kernels = kernels(args, &gpu).context("the race of kernels")?;
+    Ok(Examined { why: why(common, gpu.adapter(), adapters), gpu, checks, gflops, kernels })
 }
 
 fn why(common: &Common, chosen: &AdapterEntry, adapters: &[AdapterEntry]) -> String {
@@ -143,7 +188,7 @@ fn adapter_table(adapters: &[AdapterEntry], examined: &Result<Examined>) -> Stri
 }
 
 fn report(examined: &Examined) -> String {
-    let Examined { gpu, why, checks, gflops } = examined;
+    let Examined { gpu, why, checks, gflops, kernels } = examined;
     let entry = gpu.adapter();
     let limits = &entry.limits;
     let shapes = cooperative_shapes(entry);
@@ -188,10 +233,36 @@ fn report(examined: &Examined) -> String {
     let size = format!("f32 matmul {SPEED_SIZE}³");
     text += &format!("\n   {size}: {} GFLOP/s\n", ui::count(*gflops));
 
+    text += &kernel_table(kernels);
+
     let hints = hints(entry);
     if !hints.is_empty() {
         text += &format!("\n{}\n", ui::heading("What would help"));
         hints.iter().for_each(|hint| text += &ui::wrap(hint, 3));
+    }
+    text
+}
+
+/// One line a class: the kernel that serves it, then the others, in GFLOP/s.
+fn kernel_table(kernels: &[(String, Decision)]) -> String {
+    if kernels.is_empty() {
+        return String::new();
+    }
+    let title = "Kernels chosen, by layout, weight type and M×N×K; GFLOP/s";
+    let mut text = format!("\n{}\n", ui::heading(title));
+    for (class, decision) in kernels {
+        let speed = |name: &str| match decision.candidates.get(name) {
+            Some(Verdict::Milliseconds(ms)) => ui::count(decision.flops / ms / 1e6),
+            Some(Verdict::Refused(_)) => ui::bad("REFUSED"),
+            None => "not raced".into(),
+        };
+        let Decision { chosen, candidates, .. } = decision;
+        let others = candidates.keys().filter(|name| *name != chosen);
+        let others: Vec<String> = others.map(|n| format!("{n} {}", speed(n))).collect();
+        text += &format!("   {class:<24}{chosen} {}\n", ui::good(&speed(chosen)));
+        if !others.is_empty() {
+            text += &format!("{:27}{}\n", "", ui::dim(&format!("against {}", others.join(", "))));
+        }
     }
     text
 }
@@ -267,6 +338,7 @@ fn as_json(adapters: &[AdapterEntry], examined: &Result<Examined>) -> Value {
             "why": e.why,
             "selftest": e.checks.iter().map(check).collect::<Vec<_>>(),
             "matmul_gflops": e.gflops,
+            "kernels": e.kernels.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
             "hints": hints(e.gpu.adapter()),
             "ok": e.checks.iter().all(|c| c.ok),
         }),

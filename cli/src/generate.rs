@@ -9,10 +9,12 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Generation, Mode, Schedule};
 use demask_engine::model::{Llama, LlamaConfig, Tokenizer, Weights};
+use demask_engine::tune;
 use serde_json::json;
 
 use crate::args::{Common, ModelArgs, read_text};
 use crate::show::{Live, Stream, answer_text, harmless};
+use crate::tune::TuneArgs;
 use crate::{interrupt, ui};
 
 const EXAMPLES: &str = "\
@@ -88,6 +90,9 @@ pub struct Args {
     top_p: Option<f32>,
 
     #[command(flatten)]
+    tune: TuneArgs,
+
+    #[command(flatten)]
     common: Common,
 }
 
@@ -118,6 +123,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let llama = Llama::from_weights(&gpu, &config, &weights, args.model.precision.into())
         .with_context(|| format!("loading {}", path.display()))?;
 
+    let rows = [1, pass_rows(&options), ids.len().clamp(1, 512)];
+    let products = tune::products(&llama, &rows, false);
+    args.tune.prepare(&gpu, &products, args.common.notices())?;
+
     let output = match (args.common.json, args.show && ui::stdout_is_terminal()) {
         (true, _) => Output::Nothing,
         (false, true) => Output::Live(Duration::ZERO),
@@ -145,6 +154,15 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     args.common.notices().say(&summary(&generation, mode));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Rows of the passes that fill positions.
+fn pass_rows(options: &DecodeOptions) -> usize {
+    match &options.mode {
+        // With the block before, whose keys are still to be written.
+        Mode::Block(block) => 2 * block.block_length,
+        Mode::Autoregressive(_) => 1,
+    }
 }
 
 impl Args {

@@ -14,6 +14,7 @@ mod score;
 mod show;
 mod sources;
 mod train;
+mod tune;
 mod ui;
 
 use std::process::ExitCode;

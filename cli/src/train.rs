@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use demask_engine::tune;
 use demask_trainer::metrics::Metrics;
 use demask_trainer::recipe::Recipe;
 use demask_trainer::train::{Event, Outcome, Trainer};
@@ -13,6 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::args::Common;
+use crate::tune::TuneArgs;
 use crate::ui::Notices;
 use crate::{interrupt, ui};
 
@@ -67,6 +69,9 @@ pub struct Args {
     stop_after: Option<u64>,
 
     #[command(flatten)]
+    tune: TuneArgs,
+
+    #[command(flatten)]
     common: Common,
 }
 
@@ -75,6 +80,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let notices = args.common.notices();
     let recipe = Recipe::read(&args.recipe)?;
     let (length, batch) = (recipe.data.length, recipe.optimizer.batch);
+    let rows = length * recipe.optimizer.micro_batch;
     let total = recipe.total_steps();
     let gpu = args.common.open_gpu()?;
     notices.say(&format!("device     {}", gpu.adapter().describe()));
@@ -82,6 +88,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Trainer::open(&gpu, recipe, &args.out, &mut |event| announce(notices, &event))?;
     let parameters = trainer.model().config().num_parameters();
     notices.say(&format!("model      {} parameters", ui::count(parameters as f64)));
+
+    // Rows of a plain pass, and of the two copies of block diffusion.
+    let products = tune::products(trainer.model(), &[rows, 2 * rows], true);
+    args.tune.prepare(&gpu, &products, notices)?;
 
     let first = trainer.step();
     let mut last = None;

@@ -6,8 +6,8 @@
 //! A choice changes the order of sums, hence bits: a class is decided once and then stays, also where the budget left
 //! no time to race it.
 
-use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::gpu::Gpu;
-use crate::model::LlamaConfig;
+use crate::model::Llama;
 use crate::ops::{Layout, MatmulKernel, Product};
 use crate::tensor::stored::{decode, encode};
 use crate::tensor::{DType, Tensor};
@@ -118,7 +118,6 @@ impl Tuning {
             let known = self.decisions.get(&name);
             match known.and_then(|d| MatmulKernel::named(&d.chosen)) {
                 Some(kernel) => product.decide(&self.gpu, kernel),
-                None if open.iter().any(|(n, _)| *n == name) => {}
                 None => open.push((name, product)),
             }
         }
@@ -150,11 +149,8 @@ impl Tuning {
 
     /// Written beside and renamed, so that a killed process leaves the old file or the new one.
     fn write(&self) -> Result<()> {
-        let file = File {
-            schema: SCHEMA,
-            device: self.device.clone(),
-            decisions: self.decisions.clone(),
-        };
+        let file =
+            File { schema: SCHEMA, device: self.device.clone(), decisions: self.decisions.clone() };
         let text = serde_json::to_string_pretty(&file).expect("plain data is JSON");
         let dir = self.path.parent().unwrap_or(Path::new("."));
         let beside = self.path.with_extension(format!("{}.tmp", std::process::id()));
@@ -211,28 +207,26 @@ pub fn fingerprint(gpu: &Gpu) -> String {
     )
 }
 
-/// The products of a model: `rows` tokens in a forward pass, with f32 weights and gradients too if `training`.
-pub fn products(
-    config: &LlamaConfig,
-    rows: &[usize],
-    weight: DType,
-    training: bool,
-) -> Vec<Product> {
-    let (d, f) = (config.hidden_size, config.intermediate_size);
-    let (q, kv) = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    );
-    let weights = [(q, d), (kv, d), (d, q), (f, d), (d, f), (config.vocab_size, d)];
+/// The products of a model in forward passes of these numbers of rows, and of the backward passes if `training`.
+pub fn products(llama: &Llama, rows: &[usize], training: bool) -> Vec<Product> {
+    let matrices = llama.parameters().into_iter().filter_map(|p| match p.shape[..] {
+        [out, into] => Some((p.shards[0].dtype(), out, into)),
+        _ => None,
+    });
     let mut products = Vec::new();
-    for (&m, (out, into)) in rows.iter().flat_map(|m| weights.map(|w| (m, w))) {
-        products.push(Product { layout: Layout::NT, weight, m, n: out, k: into });
-        if training {
-            let f32 = DType::F32;
-            products.push(Product { layout: Layout::NN, weight: f32, m, n: into, k: out });
-            products.push(Product { layout: Layout::TN, weight: f32, m: out, n: into, k: m });
+    for (weight, out, into) in matrices {
+        for &m in rows {
+            products.push(Product { layout: Layout::NT, weight, m, n: out, k: into });
+            if training {
+                let f32 = DType::F32;
+                products.push(Product { layout: Layout::NN, weight, m, n: into, k: out });
+                products.push(Product { layout: Layout::TN, weight: f32, m: out, n: into, k: m });
+            }
         }
     }
+    // Layers repeat.
+    let mut seen = BTreeSet::new();
+    products.retain(|p| seen.insert(p.class_name()));
     products
 }
 

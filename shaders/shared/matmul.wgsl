@@ -1,5 +1,5 @@
-// What the tiled matrix products share. Their bindings: a [Z, M, K], w [Z, K, N], r and y [Z, M, N], all in quads.
-#import weight
+// What the tiled matrix products share, beside the weight type that they import. Their bindings: a [Z, M, K],
+// w [Z, K, N], r and y [Z, M, N]; a, r and y in quads.
 override A_TRANSPOSED: u32 = 0u;   // a is [Z, K, M]
 override W_TRANSPOSED: u32 = 0u;   // w is [Z, N, K]
 override ONTO: u32 = 0u;           // 1 adds to what y holds, 2 to r

@@ -1,0 +1,85 @@
+//! Choosing kernels before work starts: the options, the progress bar, and where choices are kept.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use demask_engine::gpu::Gpu;
+use demask_engine::ops::Product;
+use demask_engine::tune::{Tuning, cache_dir};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::ui::{Notices, complain};
+
+/// Whether kernels may race, and for how long.
+#[derive(Args)]
+#[command(next_help_heading = "Choice of kernels")]
+pub struct TuneArgs {
+    /// Use the kernels that are usually best, without a race and without earlier races' results
+    #[arg(long)]
+    pub no_tune: bool,
+
+    /// Seconds that kernels may race before work starts, the first time a device meets a model
+    ///
+    /// The results are kept (in the user's cache folder, or below DEMASK_CACHE); what no time was
+    /// left for keeps the usual kernel for good. `demask doctor --retune` starts over.
+    #[arg(long, value_name = "SECONDS", default_value_t = 6.0, conflicts_with = "no_tune")]
+    pub tune_seconds: f64,
+}
+
+impl TuneArgs {
+    /// Makes the device's choices for these products; `None` with `--no-tune`.
+    pub fn prepare(
+        &self,
+        gpu: &Gpu,
+        products: &[Product],
+        notices: Notices,
+    ) -> Result<Option<Tuning>> {
+        if self.no_tune {
+            return Ok(None);
+        }
+        let mut tuning = Tuning::open(gpu, &cache_dir());
+        if let Some(notice) = &tuning.notice {
+            notices.say(notice);
+        }
+        prepare(&mut tuning, products, self.tune_seconds, notices)?;
+        Ok(Some(tuning))
+    }
+}
+
+/// Races what is undecided, with a progress bar, and names what was refused.
+pub fn prepare(
+    tuning: &mut Tuning,
+    products: &[Product],
+    seconds: f64,
+    notices: Notices,
+) -> Result<()> {
+    let budget = Duration::try_from_secs_f64(seconds)
+        .with_context(|| format!("--tune-seconds {seconds} is no time; give 0 or more"))?;
+    let style = "choosing kernels {bar:24} {pos}/{len}, {eta} left  {msg}";
+    let bar = match notices.animated() {
+        true => ProgressBar::new(0),
+        false => ProgressBar::hidden(),
+    }
+    .with_style(ProgressStyle::with_template(style).expect("the template is fixed"));
+    let outcome = tuning.prepare(products, budget, |done, all, class| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+        bar.set_message(class.to_owned());
+    });
+    bar.finish_and_clear();
+    if let Err(error) = outcome {
+        // What cannot be kept is raced again next time; what the device said is not to be passed over.
+        if !matches!(error, demask_engine::Error::Io { .. }) {
+            return Err(error).context("choosing kernels");
+        }
+        notices.say(&format!("the choice of kernels could not be kept: {error}"));
+    }
+    let wanted: Vec<String> = products.iter().map(Product::class_name).collect();
+    for (class, decision) in tuning.decisions().iter().filter(|(c, _)| wanted.contains(c)) {
+        for (kernel, why) in decision.refused() {
+            complain(&format!("{kernel} is refused on this driver, for {class}: it {why}"));
+        }
+    }
+    Ok(())
+}
