@@ -1,12 +1,12 @@
-// matmul_few: y[m, n] = sum_k a[m, k] w[n, k] for up to eight rows, as decoding has; one pass over the weights
+// matmul_few: y[m, n] = sum_k a[m, k] w[n, k] for up to sixteen rows, as decoding has; one pass over the weights
 // a         [M, K]
 // w         [N, K]; any weight type
 // r         [M, N], added to the product with ONTO 2
 // y         [M, N], added to with ONTO 1
-// dispatch  (N / 4, M / 8): 64 lanes share K; K a multiple of 8
-// shared    64 partial sums of 32 outputs, 8 KiB
+// dispatch  (N / 4, M / 16): 64 lanes share K; K a multiple of 8
+// shared    64 partial sums of 64 outputs, 16 KiB
 #import weight
-override ROWS: u32 = 8u;   // how many of the eight rows there are, rounded up to 1, 2, 4 or 8
+override ROWS: u32 = 16u;   // how many of the sixteen rows there are, rounded up to a power of two
 override ONTO: u32 = 0u;
 struct Params {
     m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
@@ -17,7 +17,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> r: array<f32>;         // [M, N]
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;   // [M, N]
 
-var<workgroup> partial: array<vec4<f32>, 512>;   // [64 lanes, 8 rows], a column quad each
+var<workgroup> partial: array<vec4<f32>, 1024>;   // [64 lanes, 16 rows], a column quad each
 
 // What one row adds to its four columns: eight k.
 fn dots(row: u32, oct: u32, w0: mat2x4<f32>, w1: mat2x4<f32>, w2: mat2x4<f32>, w3: mat2x4<f32>) -> vec4<f32> {
@@ -30,7 +30,7 @@ fn dots(row: u32, oct: u32, w0: mat2x4<f32>, w1: mat2x4<f32>, w2: mat2x4<f32>, w
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let first = group.y * 8u;
+    let first = group.y * 16u;
     let column = group.x * 4u;
     // Rows and columns past the edge repeat the last one; they are not stored.
     let n = min(vec4<u32>(column, column + 1u, column + 2u, column + 3u), vec4<u32>(p.n - 1u)) + p.w_row;
@@ -42,6 +42,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var y5 = vec4<f32>();
     var y6 = vec4<f32>();
     var y7 = vec4<f32>();
+    var y8 = vec4<f32>();
+    var y9 = vec4<f32>();
+    var y10 = vec4<f32>();
+    var y11 = vec4<f32>();
+    var y12 = vec4<f32>();
+    var y13 = vec4<f32>();
+    var y14 = vec4<f32>();
+    var y15 = vec4<f32>();
     for (var oct = lane; oct < p.k / 8u; oct += 64u) {
         let w0 = weight8(n.x, p.k, oct);
         let w1 = weight8(n.y, p.k, oct);
@@ -61,22 +69,40 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             y6 += dots(first + 6u, oct, w0, w1, w2, w3);
             y7 += dots(first + 7u, oct, w0, w1, w2, w3);
         }
+        if ROWS > 8u {
+            y8 += dots(first + 8u, oct, w0, w1, w2, w3);
+            y9 += dots(first + 9u, oct, w0, w1, w2, w3);
+            y10 += dots(first + 10u, oct, w0, w1, w2, w3);
+            y11 += dots(first + 11u, oct, w0, w1, w2, w3);
+            y12 += dots(first + 12u, oct, w0, w1, w2, w3);
+            y13 += dots(first + 13u, oct, w0, w1, w2, w3);
+            y14 += dots(first + 14u, oct, w0, w1, w2, w3);
+            y15 += dots(first + 15u, oct, w0, w1, w2, w3);
+        }
     }
-    partial[lane * 8u] = y0;
-    partial[lane * 8u + 1u] = y1;
-    partial[lane * 8u + 2u] = y2;
-    partial[lane * 8u + 3u] = y3;
-    partial[lane * 8u + 4u] = y4;
-    partial[lane * 8u + 5u] = y5;
-    partial[lane * 8u + 6u] = y6;
-    partial[lane * 8u + 7u] = y7;
+    partial[lane * 16u] = y0;
+    partial[lane * 16u + 1u] = y1;
+    partial[lane * 16u + 2u] = y2;
+    partial[lane * 16u + 3u] = y3;
+    partial[lane * 16u + 4u] = y4;
+    partial[lane * 16u + 5u] = y5;
+    partial[lane * 16u + 6u] = y6;
+    partial[lane * 16u + 7u] = y7;
+    partial[lane * 16u + 8u] = y8;
+    partial[lane * 16u + 9u] = y9;
+    partial[lane * 16u + 10u] = y10;
+    partial[lane * 16u + 11u] = y11;
+    partial[lane * 16u + 12u] = y12;
+    partial[lane * 16u + 13u] = y13;
+    partial[lane * 16u + 14u] = y14;
+    partial[lane * 16u + 15u] = y15;
     workgroupBarrier();
     let row = first + lane / 4u;
     let output = column + lane % 4u;
-    if lane < 32u && row < p.m && output < p.n {
+    if row < p.m && output < p.n {
         var sum = 0.0;
         for (var i = 0u; i < 64u; i += 1u) {
-            sum += partial[i * 8u + lane / 4u][lane % 4u];
+            sum += partial[i * 16u + lane / 4u][lane % 4u];
         }
         let at = p.y_from + row * p.n + output;
         if ONTO == 0u {

@@ -34,9 +34,19 @@ impl Common {
         Notices::new(self.quiet)
     }
 
-    /// The device; a software adapter is announced.
+    /// The device, for exact products; a software adapter is announced.
     pub fn open_gpu(&self) -> Result<Gpu> {
-        let gpu = Gpu::open(GpuOptions { adapter: self.adapter.clone(), ..GpuOptions::default() })?;
+        self.open_gpu_with(false)
+    }
+
+    /// The device for running a model.
+    pub fn open_gpu_for(&self, model: &ModelArgs) -> Result<Gpu> {
+        self.open_gpu_with(model.f16_products)
+    }
+
+    fn open_gpu_with(&self, f16_products: bool) -> Result<Gpu> {
+        let adapter = self.adapter.clone();
+        let gpu = Gpu::open(GpuOptions { adapter, f16_products, ..GpuOptions::default() })?;
         let entry = gpu.adapter();
         if entry.is_software() {
             let why = match self.adapter_named() {
@@ -66,6 +76,12 @@ pub struct ModelArgs {
     /// Type of the weight matrices in device memory; sums are always f32
     #[arg(long, value_enum, default_value = "stored", value_name = "TYPE")]
     pub precision: PrecisionArg,
+
+    /// Let matrix units round both factors of a product to f16 where that is faster (sums stay f32)
+    ///
+    /// Activations beyond 65504 overflow: for models that are known to run in half precision.
+    #[arg(long)]
+    pub f16_products: bool,
 }
 
 /// [`Precision`] by name.

@@ -36,6 +36,10 @@ pub struct Args {
     #[arg(long, conflicts_with = "no_tune")]
     retune: bool,
 
+    /// Race the kernels that round both factors of a product to f16 too
+    #[arg(long)]
+    f16_products: bool,
+
     #[command(flatten)]
     tune: TuneArgs,
 
@@ -107,7 +111,11 @@ fn kernels(args: &Args, gpu: &Gpu) -> Result<Vec<(String, Decision)>> {
 
 fn examine(args: &Args, adapters: &[AdapterEntry]) -> Result<Examined> {
     let common = &args.common;
-    let options = GpuOptions { adapter: common.adapter.clone(), ..GpuOptions::default() };
+    let options = GpuOptions {
+        adapter: common.adapter.clone(),
+        f16_products: args.f16_products,
+        ..GpuOptions::default()
+    };
     let gpu = Gpu::open(options)?;
     common.notices().say("testing the kernels …");
     let checks = selftest::run(&gpu).context("the self-test could not run")?;
@@ -139,19 +147,11 @@ fn kind(entry: &AdapterEntry) -> &'static str {
 
 /// M×N×K and types that the adapter's matrix units take.
 fn cooperative_shapes(entry: &AdapterEntry) -> Vec<String> {
-    if !entry.features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
-        return Vec::new();
-    }
-    let descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    let backends = wgpu::Backends::from(entry.info.backend);
-    let same = pollster::block_on(wgpu::Instance::new(descriptor).enumerate_adapters(backends));
-    let same = same.into_iter().find(|adapter| adapter.get_info() == entry.info);
-    let properties = same.map(|a| a.cooperative_matrix_properties()).unwrap_or_default();
     let shape = |p: &wgpu::CooperativeMatrixProperties| {
         let types = format!("{:?}→{:?}", p.ab_type, p.cr_type).to_lowercase();
         format!("{}×{}×{} {types}", p.m_size, p.n_size, p.k_size)
     };
-    let mut shapes: Vec<String> = properties.iter().map(shape).collect();
+    let mut shapes: Vec<String> = entry.cooperative.iter().map(shape).collect();
     shapes.dedup();
     shapes
 }

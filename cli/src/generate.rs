@@ -119,7 +119,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     };
     let ids = tokenizer.encode(&prompt, true)?;
     let options = args.options(&config, ids.len())?;
-    let gpu = args.common.open_gpu()?;
+    let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = Llama::from_weights(&gpu, &config, &weights, args.model.precision.into())
         .with_context(|| format!("loading {}", path.display()))?;
 

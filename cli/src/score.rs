@@ -79,7 +79,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
             (tokenizer.encode(&text, args.add_special)?, Some(tokenizer))
         }
     };
-    let gpu = args.common.open_gpu()?;
+    let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = Llama::from_weights(&gpu, &config, &weights, args.model.precision.into())
         .with_context(|| format!("loading {}", path.display()))?;
     let logprobs = score(&llama, &ids)?;

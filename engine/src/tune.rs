@@ -241,6 +241,14 @@ pub fn cache_dir() -> PathBuf {
     })
 }
 
+/// `Some(why)` if `kernel` computes `product` wrong on this device: a sample of its outputs against f64.
+///
+/// # Errors
+/// A lost device, or no memory for the operands.
+pub fn fault(gpu: &Gpu, product: Product, kernel: MatmulKernel) -> Result<Option<String>> {
+    Field::new(gpu, product).fault(gpu, kernel)
+}
+
 /// Operands of one product and the places where its numbers are checked.
 struct Field {
     a: Tensor,
@@ -294,7 +302,7 @@ impl Field {
         gpu.sync()?;
         let wrong = self.samples.iter().find(|(at, want, size)| {
             let error = (f64::from(y[*at]) - want).abs();
-            error.is_nan() || error > 1e-5 * size + 1e-6
+            error.is_nan() || error > kernel.rounding() * size + 1e-6
         });
         Ok(wrong.map(|(at, want, _)| {
             let Product { layout, m, n, k, .. } = self.product;
@@ -311,6 +319,10 @@ impl Field {
     }
 }
 
+fn best_of(racing: &[(MatmulKernel, f64)]) -> f64 {
+    racing.iter().map(|(_, seconds)| *seconds).fold(f64::INFINITY, f64::min)
+}
+
 fn race(gpu: &Gpu, product: &Product) -> Result<Decision> {
     let Product { m, n, k, .. } = *product;
     let cut = Product { m: m.min(MOST[0]), n: n.min(MOST[1]), k: k.min(MOST[2]), ..*product };
@@ -320,19 +332,21 @@ fn race(gpu: &Gpu, product: &Product) -> Result<Decision> {
     let default = product.default_kernel(gpu);
     let mut candidates = BTreeMap::new();
     let mut racing = Vec::new();
+    let mut heats = Vec::new();
     for kernel in field.product.kernels(gpu) {
-        let mut fault = field.fault(gpu, kernel)?;
-        if fault.is_none() && ragged.product.kernels(gpu).contains(&kernel) {
-            fault = ragged.fault(gpu, kernel)?;
+        match ragged.fault(gpu, kernel)? {
+            Some(why) => drop(candidates.insert(kernel.name().to_owned(), Verdict::Refused(why))),
+            None => heats.push((kernel, ragged.seconds(gpu, kernel, 2)?)),
         }
-        match fault {
+    }
+    // Who is far behind on the small product need not hold up the race.
+    let last = best_of(&heats) * HOPELESS * 2.0;
+    for (kernel, _) in heats.into_iter().filter(|(k, heat)| *heat <= last || *k == default) {
+        match field.fault(gpu, kernel)? {
             Some(why) => drop(candidates.insert(kernel.name().to_owned(), Verdict::Refused(why))),
             None => racing.push((kernel, field.seconds(gpu, kernel, 1)?)),
         }
     }
-    let best_of = |racing: &[(MatmulKernel, f64)]| {
-        racing.iter().map(|(_, seconds)| *seconds).fold(f64::INFINITY, f64::min)
-    };
     for _ in 0..ROUNDS {
         let best = best_of(&racing);
         let runs = ((RUN.as_secs_f64() / best.max(1e-9)) as usize).clamp(1, 64);

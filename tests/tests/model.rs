@@ -371,6 +371,30 @@ fn half_precision_weights_are_rounded_weights() {
     }
 }
 
+/// 8- and 4-bit copies compute with the weights that their blocks stand for; what has no whole blocks is refused.
+#[test]
+fn quantised_weights_are_what_their_blocks_decode_to() {
+    let Some(gpu) = gpu() else { return };
+    let mut config = LlamaConfig::read(&golden("tiny")).unwrap();
+    (config.hidden_size, config.intermediate_size, config.head_dim) = (96, 160, 16);
+    let folder = tempfile::tempdir().unwrap();
+    Llama::random(&gpu, &config, 5).unwrap().save(folder.path(), StoredType::F32, None).unwrap();
+    let tokens: Vec<u32> = (0..20).collect();
+    let run = |m: &Llama| logits(m, &tokens, [1, 20], AttentionOptions::new(Mask::Causal));
+    let exact = run(&Llama::load(&gpu, folder.path(), Precision::F32).unwrap());
+    for precision in [Precision::Q8, Precision::Q4] {
+        let blocks = Llama::load(&gpu, folder.path(), precision).unwrap();
+        let decoded = tempfile::tempdir().unwrap();
+        blocks.save(decoded.path(), StoredType::F32, None).unwrap();
+        let decoded = Llama::load(&gpu, decoded.path(), Precision::F32).unwrap();
+        let want: Vec<f64> = run(&decoded).into_iter().map(f64::from).collect();
+        compare("quantised", &run(&blocks), &want, LOGITS).unwrap();
+        assert_ne!(exact, run(&decoded), "rounding must show");
+        let refused = Llama::load(&gpu, &golden("tiny"), precision).err().unwrap().to_string();
+        assert!(refused.contains("rows of 48") && refused.contains("embed"), "{refused}");
+    }
+}
+
 /// The real 260 k-parameter model: loss, last logits and the norm of each gradient, of an f64 reference.
 #[test]
 fn stories260k_matches_its_golden() {

@@ -17,6 +17,8 @@ pub struct AdapterEntry {
     pub features: wgpu::Features,
     /// How much of it.
     pub limits: wgpu::Limits,
+    /// What its matrix units multiply.
+    pub cooperative: Vec<wgpu::CooperativeMatrixProperties>,
     pub(super) adapter: wgpu::Adapter,
 }
 
@@ -78,6 +80,11 @@ async fn list_of(backends: wgpu::Backends) -> Vec<AdapterEntry> {
             index,
             info: adapter.get_info(),
             features: adapter.features(),
+            cooperative: match adapter.features() & wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+            {
+                none if none.is_empty() => Vec::new(),
+                _ => adapter.cooperative_matrix_properties(),
+            },
             limits: adapter.limits(),
             adapter,
         })

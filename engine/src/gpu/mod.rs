@@ -49,6 +49,9 @@ pub struct GpuOptions {
     pub timestamps: bool,
     /// Bytes of device memory that may be live; `None` leaves it to the device.
     pub budget: Option<u64>,
+    /// Let matrix units round both factors of a product to f16 (sums stay f32) where that is fast. A value beyond
+    /// 65504 overflows, so this is for inference in half precision.
+    pub f16_products: bool,
     /// A smaller binding limit than the device's, in bytes: how tests exercise sharding.
     pub max_binding: Option<u64>,
 }
@@ -193,6 +196,11 @@ impl Gpu {
         let info = &self.0.entry.info;
         self.has(wgpu::Features::SUBGROUP)
             && (info.subgroup_min_size, info.subgroup_max_size) == (size, size)
+    }
+
+    /// True if products may round their factors to f16; see [`GpuOptions::f16_products`].
+    pub fn f16_products(&self) -> bool {
+        self.0.options.f16_products
     }
 
     /// Which variant was chosen for a class; `None` leaves it to the op's own judgement.

@@ -4,6 +4,9 @@
 
 /// The shared WGSL files that kernels import, by name.
 const SHARED: &[(&str, &str)] = &[
+    ("coop_f16_16", include_str!("../../../shaders/shared/coop_f16_16.wgsl")),
+    ("coop_f16_8", include_str!("../../../shaders/shared/coop_f16_8.wgsl")),
+    ("coop_f32_8", include_str!("../../../shaders/shared/coop_f32_8.wgsl")),
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
     ("matmul", include_str!("../../../shaders/shared/matmul.wgsl")),

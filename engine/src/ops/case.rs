@@ -1,6 +1,7 @@
 //! What an op declares about itself once, and tests and benches loop over: inputs, the op, its f64
 //! reference, a tolerance with its reason, and what it costs.
 
+use crate::gpu::Gpu;
 use crate::philox::Philox;
 use crate::tensor::host::Array;
 use crate::tensor::{Shape, Tensor};
@@ -9,6 +10,8 @@ use crate::tensor::{Shape, Tensor};
 pub type Run = Box<dyn Fn(&[Tensor]) -> Tensor>;
 /// The same in f64 on the host.
 pub type Reference = Box<dyn Fn(&[Array]) -> Array>;
+/// Whether a device has what a case needs.
+pub type DeviceTest = Box<dyn Fn(&Gpu) -> bool>;
 
 /// One configuration of one op.
 pub struct Case {
@@ -24,8 +27,8 @@ pub struct Case {
     pub tolerance: Tolerance,
     /// Work of one forward call; `None` keeps the case out of the benches.
     pub cost: Option<Cost>,
-    /// The subgroup size this case needs; it is skipped, by name, on other devices.
-    pub subgroup: Option<u32>,
+    /// Which devices can run it; on others it is skipped, by name.
+    pub device: DeviceTest,
 }
 
 /// How an input is filled.
@@ -83,7 +86,7 @@ impl Case {
             reference: Box::new(reference),
             tolerance: Tolerance::F32,
             cost: None,
-            subgroup: None,
+            device: Box::new(|_| true),
         }
     }
 
@@ -92,14 +95,14 @@ impl Case {
         Case { tolerance, ..self }
     }
 
-    /// Only for devices with this subgroup size, if any is named.
-    pub fn needs(self, subgroup: Option<u32>) -> Case {
-        Case { subgroup, ..self }
+    /// Only for devices that pass the test.
+    pub fn needs(self, test: impl Fn(&Gpu) -> bool + 'static) -> Case {
+        Case { device: Box::new(test), ..self }
     }
 
     /// True if this device can run it.
-    pub fn runs_on(&self, gpu: &crate::gpu::Gpu) -> bool {
-        self.subgroup.is_none_or(|size| gpu.has_subgroups_of(size))
+    pub fn runs_on(&self, gpu: &Gpu) -> bool {
+        (self.device)(gpu)
     }
 
     /// As a bench too.
@@ -146,7 +149,7 @@ impl Input {
     }
 
     /// Those values on the device.
-    pub fn upload(&self, gpu: &crate::gpu::Gpu, values: &Array) -> Tensor {
+    pub fn upload(&self, gpu: &Gpu, values: &Array) -> Tensor {
         match self {
             Input::Integers(shape, values) => Tensor::from_u32(gpu, values, shape),
             other => {

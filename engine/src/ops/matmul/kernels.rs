@@ -13,6 +13,7 @@ const SLICES: Kernel = kernel!("matmul_slices");
 const FEW: Kernel = kernel!("matmul_few");
 const SUBGROUP8: Kernel = kernel!("matmul_subgroup8");
 const FEW_SUBGROUP8: Kernel = kernel!("matmul_few_subgroup8");
+const COOP: Kernel = kernel!("matmul_coop");
 const ANY: Kernel = kernel!("matmul_any");
 
 /// A way to compute the product.
@@ -30,6 +31,12 @@ pub enum MatmulKernel {
     Subgroup8,
     /// The same for a few rows; NT only.
     FewSubgroup8,
+    /// Matrix units of 8 × 8, f32 throughout.
+    CoopF32,
+    /// Matrix units of 8 × 8 that round both factors to f16.
+    CoopF16,
+    /// Matrix units of 16 × 16 that round both factors to f16.
+    CoopF16Wide,
     /// Any extents.
     Any,
 }
@@ -68,17 +75,20 @@ const MANY_TILES: usize = 128;
 
 impl MatmulKernel {
     /// Every kernel, in the order they are raced.
-    pub const ALL: [MatmulKernel; 7] = [
+    pub const ALL: [MatmulKernel; 10] = [
         MatmulKernel::Tile,
         MatmulKernel::Wide,
         MatmulKernel::Sliced,
         MatmulKernel::Few,
         MatmulKernel::Subgroup8,
         MatmulKernel::FewSubgroup8,
+        MatmulKernel::CoopF32,
+        MatmulKernel::CoopF16,
+        MatmulKernel::CoopF16Wide,
         MatmulKernel::Any,
     ];
 
-    /// The kernel's file, which names it in reports and in the cache of choices.
+    /// Its name in reports and in the cache of choices: the kernel's file, and what that imports.
     pub fn name(self) -> &'static str {
         match self {
             MatmulKernel::Tile => TILE.name,
@@ -87,6 +97,9 @@ impl MatmulKernel {
             MatmulKernel::Few => FEW.name,
             MatmulKernel::Subgroup8 => SUBGROUP8.name,
             MatmulKernel::FewSubgroup8 => FEW_SUBGROUP8.name,
+            MatmulKernel::CoopF32 => "matmul_coop f32 8",
+            MatmulKernel::CoopF16 => "matmul_coop f16 8",
+            MatmulKernel::CoopF16Wide => "matmul_coop f16 16",
             MatmulKernel::Any => ANY.name,
         }
     }
@@ -105,14 +118,53 @@ impl MatmulKernel {
             MatmulKernel::Few => FEW.source,
             MatmulKernel::Subgroup8 => SUBGROUP8.source,
             MatmulKernel::FewSubgroup8 => FEW_SUBGROUP8.source,
+            MatmulKernel::CoopF32 | MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => {
+                COOP.source
+            }
             MatmulKernel::Any => ANY.source,
         }
     }
 
-    /// The subgroup size it needs.
-    #[cfg(feature = "cases")]
-    pub(crate) fn subgroups(self) -> Option<u32> {
-        matches!(self, MatmulKernel::Subgroup8 | MatmulKernel::FewSubgroup8).then_some(8)
+    /// The matrix units it runs on: import, edge, type of the factors.
+    fn cooperative(self) -> Option<(&'static str, u32, wgpu::CooperativeScalarType)> {
+        use wgpu::CooperativeScalarType::{F16, F32};
+        match self {
+            MatmulKernel::CoopF32 => Some(("coop_f32_8", 8, F32)),
+            MatmulKernel::CoopF16 => Some(("coop_f16_8", 8, F16)),
+            MatmulKernel::CoopF16Wide => Some(("coop_f16_16", 16, F16)),
+            _ => None,
+        }
+    }
+
+    /// The largest error of a sum, relative to the sum of its terms' magnitudes.
+    pub(crate) fn rounding(self) -> f64 {
+        match self {
+            // Each factor to 11 bits.
+            MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => 1.2e-3,
+            _ => 1e-5,
+        }
+    }
+
+    /// True if the device has what the kernel is made of, whatever the extents and whatever may be rounded.
+    pub(crate) fn runs_on(self, gpu: &Gpu) -> bool {
+        use wgpu::Features;
+        if let Some((_, edge, part)) = self.cooperative() {
+            let f16 = part == wgpu::CooperativeScalarType::F16;
+            let entry = gpu.adapter();
+            let one_size = entry.info.subgroup_min_size == entry.info.subgroup_max_size;
+            return gpu.has(Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+                && (!f16 || gpu.has(Features::SHADER_F16))
+                && one_size
+                && entry.cooperative.iter().any(|p| {
+                    (p.m_size, p.n_size, p.k_size) == (edge, edge, edge)
+                        && p.ab_type == part
+                        && p.cr_type == wgpu::CooperativeScalarType::F32
+                });
+        }
+        match self {
+            MatmulKernel::Subgroup8 | MatmulKernel::FewSubgroup8 => gpu.has_subgroups_of(8),
+            _ => true,
+        }
     }
 
     /// True if this device and these extents allow it.
@@ -120,14 +172,14 @@ impl MatmulKernel {
         let contiguous = if layout == Layout::TN { e.m } else { e.k };
         let quads = [e.n, e.k, contiguous].iter().all(|extent| extent.is_multiple_of(4));
         let few = layout == Layout::NT && e.z == 1 && e.k.is_multiple_of(8);
-        match self {
+        let shaped = match self {
             MatmulKernel::Any => true,
-            MatmulKernel::Tile | MatmulKernel::Wide => quads,
             MatmulKernel::Sliced => quads && e.z == 1 && e.k > SLICE,
-            MatmulKernel::Few => few && e.m <= FEW_ROWS,
-            MatmulKernel::Subgroup8 => quads && gpu.has_subgroups_of(8),
-            MatmulKernel::FewSubgroup8 => few && e.m <= FEW_ROWS && gpu.has_subgroups_of(8),
-        }
+            MatmulKernel::Few | MatmulKernel::FewSubgroup8 => few && e.m <= FEW_ROWS,
+            MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => quads && gpu.f16_products(),
+            _ => quads,
+        };
+        shaped && self.runs_on(gpu)
     }
 
     /// What is used without a race.
@@ -213,8 +265,8 @@ impl MatmulKernel {
                 SLICES.with(&[onto]).run(&params, &[&parts, r], &[y], fold(quads.div_ceil(256)));
             }
             MatmulKernel::Few => {
-                let rows = m.clamp(1, 8).next_power_of_two() as u32;
-                run(FEW.with(&[("ROWS", rows), onto]), [4, 8]);
+                let rows = m.clamp(1, 16).next_power_of_two() as u32;
+                run(FEW.with(&[("ROWS", rows), onto]), [4, 16]);
             }
             MatmulKernel::Subgroup8 => {
                 run(SUBGROUP8.with(&[a_transposed, w_transposed, onto]), [64, 32]);
@@ -222,6 +274,15 @@ impl MatmulKernel {
             MatmulKernel::FewSubgroup8 => {
                 let quads = m.div_ceil(4).clamp(1, 4).next_power_of_two();
                 run(FEW_SUBGROUP8.with(&[("QUADS", quads as u32), onto]), [16, 4 * quads]);
+            }
+            MatmulKernel::CoopF32 | MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => {
+                let (coop, edge, _) = self.cooperative().expect("one of the three");
+                let lanes = a.gpu().adapter().info.subgroup_max_size;
+                let constants = [a_transposed, w_transposed, onto, ("LANES", lanes)];
+                let imports = [imports[0], ("coop", coop)];
+                let tile = 4 * edge as usize;
+                let grid = [n.div_ceil(tile) as u32, m.div_ceil(tile) as u32, z as u32];
+                COOP.with(&constants).import(&imports).run(&params, &[a, w, r], &[y], grid);
             }
             MatmulKernel::Any => run(ANY.with(&[w_transposed, onto]), [16, 16]),
         }
