@@ -147,8 +147,12 @@ impl Tuning {
         let _ = std::fs::remove_file(&self.path);
     }
 
-    /// Written beside and renamed, so that a killed process leaves the old file or the new one.
-    fn write(&self) -> Result<()> {
+    /// Written beside and renamed, so that a killed process leaves the old file or the new one. What another process
+    /// decided meanwhile stays.
+    fn write(&mut self) -> Result<()> {
+        for (class, decision) in read(&self.path, &self.device).unwrap_or_default() {
+            self.decisions.entry(class).or_insert(decision);
+        }
         let file =
             File { schema: SCHEMA, device: self.device.clone(), decisions: self.decisions.clone() };
         let text = serde_json::to_string_pretty(&file).expect("plain data is JSON");

@@ -10,6 +10,8 @@ use serde_json::Value;
 fn demask(args: &[&str]) -> Output {
     let mut command = Command::new(binary());
     command.args(args).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+    // Choices of kernels are kept here, not among the user's.
+    command.env("DEMASK_CACHE", env!("CARGO_TARGET_TMPDIR"));
     command.output().expect("the binary runs")
 }
 
@@ -126,8 +128,20 @@ fn doctor_finds_the_kernels_right() {
     let checks = report["selftest"].as_array().expect("a list");
     assert!(checks.len() >= 10 && checks.iter().all(|c| c["ok"] == true));
     assert!(report["matmul_gflops"].as_f64().is_some_and(|g| g > 0.0));
+    let kernels = report["kernels"].as_object().expect("by class");
+    assert_eq!(kernels.len(), 8);
+    for (class, decision) in kernels {
+        let chosen = decision["chosen"].as_str().expect("a name");
+        let raced = decision["candidates"].as_object().expect("by kernel");
+        let won = raced.is_empty() || raced[chosen]["milliseconds"].as_f64() > Some(0.0);
+        assert!(won, "{class}: {decision}");
+    }
     let output = demask(&["doctor", "--quiet"]);
     assert!(text(&output.stdout).contains("Self-test"));
+    assert!(text(&output.stdout).contains("Kernels chosen"));
+    // What was chosen once is not raced again.
+    assert_eq!(json(&demask(&["doctor", "--json"]))["kernels"], report["kernels"]);
+    assert!(!text(&demask(&["doctor", "--no-tune"]).stdout).contains("Kernels chosen"));
     assert_eq!(text(&output.stderr), "");
 }
 
@@ -243,6 +257,7 @@ fn a_closed_pipe_is_no_error() {
     let prompt = "Once upon a time";
     let mut child = Command::new(binary())
         .args(["generate", "--model", &stories, "--prompt", prompt, "--max-tokens", "200", "-q"])
+        .arg("--no-tune")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -276,7 +291,8 @@ fn train_stops_resumes_and_leaves_a_model() {
     let recipe = recipe.display().to_string();
     let run = |out: &str, options: &[&str]| {
         let out = folder.path().join(out).display().to_string();
-        json(&demask(&[&["train", &recipe, "--out", &out, "--json"], options].concat()))
+        let args = ["train", &recipe, "--out", &out, "--json", "--no-tune"];
+        json(&demask(&[&args[..], options].concat()))
     };
     let whole = run("whole", &[]);
     assert_eq!((&whole["finished"], &whole["step"]), (&Value::from(true), &Value::from(4)));
