@@ -4,9 +4,11 @@
 
 /// The shared WGSL files that kernels import, by name.
 const SHARED: &[(&str, &str)] = &[
+    ("eight", include_str!("../../../shaders/shared/eight.wgsl")),
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
     ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
+    ("tile", include_str!("../../../shaders/shared/tile.wgsl")),
     ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
     ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),
     ("weight_f32", include_str!("../../../shaders/shared/weight_f32.wgsl")),
