@@ -1,15 +1,16 @@
 // embedding: y[t, c] = table[tokens[t] - first, c] for the tokens of one row shard
 // tokens    [n]
-// table     [rows, D]; f32, bf16 or f16
+// table     [rows, D]; f32, bf16 or f16; D = pieces, or four times as many
 // y         [n, D]; tokens of no shard leave zeros, written with the first shard (first = 0)
-// dispatch  256 elements of y a workgroup, folded
+// dispatch  256 pieces of y a workgroup, folded
 #import grid
 #import weight
-struct Params { n: u32, d: u32, first: u32, rows: u32 }
+#import quad
+struct Params { n: u32, pieces: u32, first: u32, rows: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> tokens: array<u32>;      // [n]
-@group(0) @binding(2) var<storage, read> table: array<Weight4>;   // [rows, D], flat quads
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;     // [n, D]
+@group(0) @binding(1) var<storage, read> tokens: array<u32>;          // [n]
+@group(0) @binding(2) var<storage, read> table: array<Weight4>;       // [rows, D], flat quads
+@group(0) @binding(3) var<storage, read_write> y: array<vec4<f32>>;   // [n, D / 4]
 
 @compute @workgroup_size(256)
 fn main(
@@ -18,14 +19,22 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let i = linear_workgroup(group, groups) * 256u + lane;
-    if i >= p.n * p.d {
+    if i >= p.n * p.pieces {
         return;
     }
-    let token = tokens[i / p.d];
-    if token >= p.first && token - p.first < p.rows {
-        let at = (token - p.first) * p.d + i % p.d;
-        y[i] = unpack_weight4(table[at / 4u])[at % 4u];
-    } else if p.first == 0u {
-        y[i] = 0.0;
+    let token = tokens[i / p.pieces];
+    let is_here = token >= p.first && token - p.first < p.rows;
+    if !is_here && p.first > 0u {
+        return;
+    }
+    var v = vec4<f32>();
+    if is_here {
+        let at = (token - p.first) * p.pieces + i % p.pieces;
+        v = piece(unpack_weight4(table[quad_of_piece(at)]), at);
+    }
+    if WIDE == 1u {
+        y[i] = v;
+    } else {
+        y[i / 4u][i % 4u] = v.x;
     }
 }

@@ -4,8 +4,9 @@
 // A lane has four columns; H is the importing kernel's.
 alias Eight = array<vec4<f32>, 8>;
 alias Scores = array<Eight, 4>;   // 32 rows
-const J: u32 = min(H, 64u) / 8u;
-alias Sums = array<Eight, J>;     // up to 64 dimensions: more in one loop exceed the instruction cache
+const B: u32 = (min(H, 64u) + 31u) / 32u;
+alias Sums = array<Scores, B>;    // [b][c][i] is dimension 32 b + 4 i + c, up to 64 of them: more in one loop exceed
+                                  // the instruction cache
 
 fn four(sum: vec4<f32>, x: vec4<f32>, w: mat4x4<f32>) -> vec4<f32> {
     let half = fma(vec4<f32>(x.y), w[1], fma(vec4<f32>(x.x), w[0], sum));
@@ -26,28 +27,22 @@ fn eight(sum: Eight, x: vec4<f32>, w: mat4x4<f32>) -> Eight {
     );
 }
 
-// The x of each lane.
-fn spread(x: f32) -> Eight {
-    return Eight(
-        vec4<f32>(subgroupBroadcast(x, 0u)),
-        vec4<f32>(subgroupBroadcast(x, 1u)),
-        vec4<f32>(subgroupBroadcast(x, 2u)),
-        vec4<f32>(subgroupBroadcast(x, 3u)),
-        vec4<f32>(subgroupBroadcast(x, 4u)),
-        vec4<f32>(subgroupBroadcast(x, 5u)),
-        vec4<f32>(subgroupBroadcast(x, 6u)),
-        vec4<f32>(subgroupBroadcast(x, 7u)),
-    );
-}
-
 fn scaled(sums: Sums, factor: vec4<f32>) -> Sums {
     var x = sums;
-    for (var j = 0u; j < J; j += 1u) {
-        for (var i = 0u; i < 8u; i += 1u) {
-            x[j][i] *= factor;
+    for (var b = 0u; b < B; b += 1u) {
+        for (var c = 0u; c < 4u; c += 1u) {
+            for (var i = 0u; i < 8u; i += 1u) {
+                x[b][c][i] *= factor;
+            }
         }
     }
     return x;
+}
+
+// sums + w times four rows, of which a lane has quads: row r is rows[r].
+fn add_rows(sums: Scores, rows: mat4x4<f32>, w: mat4x4<f32>) -> Scores {
+    let x = transpose(rows);
+    return Scores(eight(sums[0], x[0], w), eight(sums[1], x[1], w), eight(sums[2], x[2], w), eight(sums[3], x[3], w));
 }
 
 fn quad_of(first: u32) -> vec4<u32> {

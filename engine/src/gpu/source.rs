@@ -4,9 +4,11 @@
 
 /// The shared WGSL files that kernels import, by name.
 const SHARED: &[(&str, &str)] = &[
+    ("angle", include_str!("../../../shaders/shared/angle.wgsl")),
     ("eight", include_str!("../../../shaders/shared/eight.wgsl")),
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
+    ("quad", include_str!("../../../shaders/shared/quad.wgsl")),
     ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
     ("tile", include_str!("../../../shaders/shared/tile.wgsl")),
     ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
