@@ -1,11 +1,11 @@
 // adamw: m += rest1 (g - m), v = beta2 v + rest2 g^2, w = decay w - step m / (sqrt(v) / bias2 + eps)
-// grad      [n], g = grad * grad_scale * clip
+// grad      [n], g = grad * grad_scale * clip; all in quads, what lies behind the last element is of no one
 // norm_clip [2], the bits of the gradients' norm and of clip; without a finite norm nothing changes
 // w, m, v   [n], in place
-// dispatch  256 elements a workgroup, folded
+// dispatch  256 quads a workgroup, folded
 #import grid
 struct Params {
-    n: u32,
+    quads: u32,
     grad_scale: f32,
     decay: f32,
     rest1: f32,
@@ -16,11 +16,11 @@ struct Params {
     eps: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> grad: array<f32>;        // [n]
-@group(0) @binding(2) var<storage, read> norm_clip: array<u32>;   // [2]
-@group(0) @binding(3) var<storage, read_write> w: array<f32>;     // [n]
-@group(0) @binding(4) var<storage, read_write> m: array<f32>;     // [n]
-@group(0) @binding(5) var<storage, read_write> v: array<f32>;     // [n]
+@group(0) @binding(1) var<storage, read> grad: array<vec4<f32>>;        // [n / 4]
+@group(0) @binding(2) var<storage, read> norm_clip: array<u32>;         // [2]
+@group(0) @binding(3) var<storage, read_write> w: array<vec4<f32>>;     // [n / 4]
+@group(0) @binding(4) var<storage, read_write> m: array<vec4<f32>>;     // [n / 4]
+@group(0) @binding(5) var<storage, read_write> v: array<vec4<f32>>;     // [n / 4]
 
 @compute @workgroup_size(256)
 fn main(
@@ -30,8 +30,8 @@ fn main(
 ) {
     let i = linear_workgroup(group, groups) * 256u + lane;
     let finite = (norm_clip[0] & 0x7f800000u) != 0x7f800000u;
-    if i < p.n && finite {
-        let g = grad[i] * p.grad_scale * bitcast<f32>(norm_clip[1]);
+    if i < p.quads && finite {
+        let g = grad[i] * (p.grad_scale * bitcast<f32>(norm_clip[1]));
         let mean = m[i] + p.rest1 * (g - m[i]);
         let square = p.beta2 * v[i] + p.rest2 * g * g;
         m[i] = mean;

@@ -1,15 +1,15 @@
 // attention_backward_q: dq[q] = scale sum_k ds[q, k] k[k],  ds = p (do.v - dots),  p = exp(scale q.k - lse)
 // q, dy, dq [B, Tq, N, H]    k, v  [B, Tk, G, H]
 // stats     [2, B, Tq, N]: lse, then dots        spans [B, length, 2]
-// dispatch  (query tiles of 8, N, B): 64 lanes are keys for ds, then head dimensions for the sum
-// shared    8 queries, 8 cotangents, 8 x 64 values: 10 KiB at H = 128
+// dispatch  (query tiles of 64, G, B)
+// shared    8 quads of 64 queries and 32 keys, then 64 x 32 values of ds and 8 quads of 32 keys: 13.5 KiB
 #import mask
+#import tile
 const H: u32 = 64u; // host 4 64 128 192
 const H4: u32 = H / 4u;
-const PER_LANE: u32 = (H + 63u) / 64u;
 struct Params {
-    tq: u32, tk: u32, heads: u32, kv_heads: u32, capacity: u32, mask: u32, block: u32, length: u32,
-    q_start: u32, scale: f32, stats: u32,
+    tq: u32, tk: u32, kv_heads: u32, capacity: u32, mask: u32, block: u32, length: u32, q_start: u32,
+    scale: f32, rows: u32, splits: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;         // [B, Tq, N, H / 4]
@@ -18,78 +18,93 @@ struct Params {
 @group(0) @binding(4) var<storage, read> spans: array<u32>;           // [B, length, 2]
 @group(0) @binding(5) var<storage, read> dy: array<vec4<f32>>;        // [B, Tq, N, H / 4]
 @group(0) @binding(6) var<storage, read> stats: array<f32>;           // [2, B, Tq, N]
-@group(0) @binding(7) var<storage, read_write> dq: array<f32>;        // [B, Tq, N, H]
+@group(0) @binding(7) var<storage, read_write> dq: array<vec4<f32>>;  // [B, Tq, N, H / 4]
 
-var<workgroup> queries: array<vec4<f32>, 8u * H4>;   // [8, H / 4]
-var<workgroup> cotangents: array<vec4<f32>, 8u * H4>;
-var<workgroup> ds: array<f32, 512>;                  // [8, 64]
-var<private> sum: array<f32, 8u * PER_LANE>;         // [8, PER_LANE]
+var<private> sum: array<mat4x4<f32>, (H + 31u) / 32u>;   // quads x, x + 8, .. of four rows
 
-fn differences(batch: u32, head: u32, kv_head: u32, key: u32, end: u32, tile: vec2<u32>, lane: u32) {
-    var s: array<f32, 8>;
-    var g: array<f32, 8>;
-    let row = ((batch * p.capacity + min(key, end - 1u)) * p.kv_heads + kv_head) * H4;
-    for (var d = 0u; d < H4; d += 1u) {
-        let kd = k[row + d];
-        let vd = v[row + d];
-        for (var r = 0u; r < 8u; r += 1u) {
-            s[r] += dot(queries[r * H4 + d], kd);
-            g[r] += dot(cotangents[r * H4 + d], vd);
+// Queries and keys or, with `values`, cotangents and values.
+fn stage(values: bool, t: u32, d: u32, qx: vec4<u32>, kx: vec4<u32>) {
+    let quad = min(d + t % 8u, H4 - 1u);
+    let inside = vec4<f32>(select(0.0, 1.0, d + t % 8u < H4));
+    let to = t / 8u * 9u + t % 8u;
+    for (var i = 0u; i < 4u; i += 1u) {
+        let at = qx[i] * H4 + quad;
+        if values {
+            tile[to + i * 144u] = inside * dy[at];
+        } else {
+            tile[to + i * 144u] = inside * q[at];
         }
     }
-    for (var r = 0u; r < 8u; r += 1u) {
-        var value = 0.0;
-        if key < end && r < tile.y && allowed(batch, tile.x + r, key) {
-            let at = (batch * p.tq + tile.x + r) * p.heads + head;
-            value = exp(s[r] * p.scale - stats[at]) * (g[r] - stats[p.stats + at]);
-        }
-        ds[r * 64u + lane] = value;
-    }
-}
-
-fn gather(batch: u32, kv_head: u32, first: u32, count: u32, lane: u32) {
-    for (var j = 0u; j < PER_LANE; j += 1u) {
-        let d = min(lane + 64u * j, H - 1u);
-        for (var i = 0u; i < count; i += 1u) {
-            let x = k[((batch * p.capacity + first + i) * p.kv_heads + kv_head) * H4 + d / 4u][d % 4u];
-            for (var r = 0u; r < 8u; r += 1u) {
-                sum[r * PER_LANE + j] = fma(ds[r * 64u + i], x, sum[r * PER_LANE + j]);
-            }
+    for (var i = 0u; i < 2u; i += 1u) {
+        let at = kx[i] * H4 + quad;
+        if values {
+            tile[to + OTHERS + i * 144u] = inside * v[at];
+        } else {
+            tile[to + OTHERS + i * 144u] = inside * k[at];
         }
     }
 }
 
-@compute @workgroup_size(64)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let head = group.y;
+fn products_of(values: bool, t: u32, qx: vec4<u32>, kx: vec4<u32>) -> mat4x4<f32> {
+    var s: mat4x4<f32>;
+    for (var d = 0u; d < H4; d += 8u) {
+        workgroupBarrier();
+        stage(values, t, d, qx, kx);
+        workgroupBarrier();
+        s = products(s, t);
+    }
+    return transpose(s);
+}
+
+@compute @workgroup_size(128)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+    let kv_head = group.y;
     let batch = group.z;
-    let kv_head = head / (p.heads / p.kv_heads);
-    let tile = tile_rows(group.x, p.tq);
-    for (var i = lane; i < 8u * H4; i += 64u) {
-        let row = tile.x + min(i / H4, tile.y - 1u);
-        let at = ((batch * p.tq + row) * p.heads + head) * H4 + i % H4;
-        queries[i] = q[at];
-        cotangents[i] = dy[at];
-    }
-    workgroupBarrier();
-    let ranges = keys_of(batch, tile.x, tile.x + tile.y - 1u);
-    for (var part = 0u; part < 2u; part += 1u) {
-        let range = select(ranges.xy, ranges.zw, part == 1u);
-        for (var first = range.x; first < range.y; first += 64u) {
-            differences(batch, head, kv_head, first + lane, range.y, tile, lane);
+    let rows = tile_rows(group.x, 64u, p.tq, SHARED);
+    // Rows past the edge repeat the last one.
+    let own = min(quad_of(rows.x + t / 8u * 4u, 1u), vec4<u32>(rows.y - 1u));
+    let staged = query_at(batch, kv_head, min(quad_of(rows.x + t / 8u, 16u), vec4<u32>(rows.y - 1u)));
+    let at = query_at(batch, kv_head, own);
+    let lse = vec4<f32>(stats[at.x], stats[at.y], stats[at.z], stats[at.w]);
+    let to = at + p.rows;
+    let dots = vec4<f32>(stats[to.x], stats[to.y], stats[to.z], stats[to.w]);
+    let token = own / SHARED;
+    let seen = array<vec4<u32>, 4>(keys_of(batch, token.x), keys_of(batch, token.y), keys_of(batch, token.z),
+        keys_of(batch, token.w));
+    let head = keys_of(batch, rows.x / SHARED);
+    let tail = keys_of(batch, (rows.y - 1u) / SHARED);
+    let near = (max(tail.y, head.x) - head.x + 31u) / 32u;
+    let steps = near + (max(tail.w, head.z) - head.z + 31u) / 32u;
+    for (var step = 0u; step < steps; step += 1u) {
+        let far = step >= near;
+        let first = select(head.x + step * 32u, head.z + (step - near) * 32u, far);
+        let last = select(tail.y, tail.w, far) - 1u;
+        let r = select(0u, 2u, far);
+        let low = vec4<u32>(seen[0][r], seen[1][r], seen[2][r], seen[3][r]);
+        let high = vec4<u32>(seen[0][r + 1u], seen[1][r + 1u], seen[2][r + 1u], seen[3][r + 1u]);
+        let kx = key_at(batch, kv_head, min(quad_of(first + t / 8u, 16u), vec4<u32>(last)));
+        var ds = products_of(false, t, staged, kx);
+        let g = products_of(true, t, staged, kx);
+        for (var c = 0u; c < 4u; c += 1u) {
+            let key = vec4<u32>(first + t % 8u + 8u * c);
+            let weight = exp(ds[c] * p.scale - lse) * (g[c] - dots);
+            ds[c] = select(vec4<f32>(), weight, (key >= low) & (key < high));
+        }
+        workgroupBarrier();
+        keep(t, ds);
+        for (var d = 0u; d < H4; d += 8u) {
+            let quad = min(d + t % 8u, H4 - 1u);
             workgroupBarrier();
-            gather(batch, kv_head, first, min(64u, range.y - first), lane);
+            tile[STAGED + t] = k[kx.x * H4 + quad];
+            tile[STAGED + t + 128u] = k[kx.y * H4 + quad];
             workgroupBarrier();
+            sum[d / 8u] = weighted(sum[d / 8u], t);
         }
     }
-    // Eight rounds whatever the tile holds: an array indexed in an open-ended loop would live in memory.
-    for (var r = 0u; r < 8u; r += 1u) {
-        for (var j = 0u; j < PER_LANE; j += 1u) {
-            let d = lane + 64u * j;
-            if d < H && r < tile.y {
-                let row = (batch * p.tq + tile.x + r) * p.heads + head;
-                dq[row * H + d] = sum[r * PER_LANE + j] * p.scale;
-            }
+    for (var r = 0u; r < 4u; r += 1u) {
+        let is_row = rows.x + t / 8u * 4u + r < rows.y;
+        for (var d = t % 8u; d < H4 && is_row; d += 8u) {
+            dq[at[r] * H4 + d] = sum[d / 8u][r] * p.scale;
         }
     }
 }

@@ -1,14 +1,16 @@
 // cross_entropy_chunk: one vocabulary chunk of a running log-sum-exp, and the target's logit if it lies here
-// logits    [R, C], columns first .. first + C of the vocabulary
+// logits    [R, C], columns first .. first + C of the vocabulary; C = pieces, or four times as many
 // targets   [R]
 // state     [R, 3]: maximum, sum of exp(logit - maximum), logit of the target; started anew when first is 0
 // dispatch  one workgroup a row, folded
 // shared    WG f32
 #import grid
 #import reduce
-struct Params { rows: u32, columns: u32, first: u32 }
+#import quad
+const NEVER: f32 = -3.4e38;
+struct Params { rows: u32, pieces: u32, columns: u32, first: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> logits: array<f32>;          // [R, C]
+@group(0) @binding(1) var<storage, read> logits: array<vec4<f32>>;    // [R, C / 4]
 @group(0) @binding(2) var<storage, read> targets: array<u32>;         // [R]
 @group(0) @binding(3) var<storage, read_write> state: array<f32>;     // [R, 3]
 
@@ -20,31 +22,36 @@ fn main(
 ) {
     let index = linear_workgroup(group, groups);
     let row = min(index, p.rows - 1u);
-    let base = row * p.columns;
-    var largest = -3.4e38;
-    for (var i = lane; i < p.columns; i += WG) {
-        largest = max(largest, logits[base + i]);
+    // A lane's own maximum and sum follow each other in one pass over the logits.
+    var top = NEVER;
+    var sum = vec4<f32>();
+    for (var c = lane; c < p.pieces; c += WG) {
+        let i = row * p.pieces + c;
+        var v = piece(logits[quad_of_piece(i)], i);
+        if WIDE == 0u {
+            v = vec4<f32>(v.x, NEVER, NEVER, NEVER);
+        }
+        let before = top;
+        top = max(max(top, max(v.x, v.y)), max(v.z, v.w));
+        sum = sum * exp(before - top) + exp(v - top);
     }
-    largest = reduce_max(largest, lane);
-    var sum = 0.0;
-    for (var i = lane; i < p.columns; i += WG) {
-        sum += exp(logits[base + i] - largest);
-    }
-    sum = reduce_sum(sum, lane);
+    var largest = reduce_max(top, lane);
+    var total = reduce_sum(sum4(sum) * exp(top - largest), lane);
     if lane != 0u || index >= p.rows {
         return;
     }
     if p.first > 0u {
         let before = state[row * 3u];
-        let top = max(before, largest);
-        sum = state[row * 3u + 1u] * exp(before - top) + sum * exp(largest - top);
-        largest = top;
+        let both = max(before, largest);
+        total = state[row * 3u + 1u] * exp(before - both) + total * exp(largest - both);
+        largest = both;
     }
     state[row * 3u] = largest;
-    state[row * 3u + 1u] = sum;
+    state[row * 3u + 1u] = total;
     let column = targets[row] - p.first;
     // Unsigned: a target before this chunk wraps past its end.
     if column < p.columns {
-        state[row * 3u + 2u] = logits[base + column];
+        let at = row * p.columns + column;
+        state[row * 3u + 2u] = logits[at / 4u][at % 4u];
     }
 }

@@ -1,12 +1,13 @@
 // scatter_rows: y[rows[r], d] = x[r, d]; rows are distinct, the others stay as they are
-// x         [R, D]     rows [R]     y [T, D]
-// dispatch  256 elements a workgroup, folded
+// x         [R, D]     rows [R]     y [T, D]; D = pieces, or four times as many
+// dispatch  256 pieces a workgroup, folded
 #import grid
-struct Params { n: u32, d: u32 }
+#import quad
+struct Params { n: u32, pieces: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> x: array<f32>;         // [R, D]
-@group(0) @binding(2) var<storage, read> rows: array<u32>;      // [R]
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;   // [T, D]
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;         // [R, D / 4]
+@group(0) @binding(2) var<storage, read> rows: array<u32>;            // [R]
+@group(0) @binding(3) var<storage, read_write> y: array<vec4<f32>>;   // [T, D / 4]
 
 @compute @workgroup_size(256)
 fn main(
@@ -15,7 +16,14 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let i = linear_workgroup(group, groups) * 256u + lane;
-    if i < p.n {
-        y[rows[i / p.d] * p.d + i % p.d] = x[i];
+    if i >= p.n {
+        return;
+    }
+    let at = rows[i / p.pieces] * p.pieces + i % p.pieces;
+    let v = piece(x[quad_of_piece(i)], i);
+    if WIDE == 1u {
+        y[at] = v;
+    } else {
+        y[at / 4u][at % 4u] = v.x;
     }
 }

@@ -1,16 +1,16 @@
 // swiglu_backward: dgate[i] = dy[i] up[i] s (1 + g (1 - s)), dup[i] = dy[i] g s; g = gate[i], s = sigmoid(g)
-// gate, up  [n]
+// gate, up  [n], in quads; what lies behind the last element is of no one
 // dy        [n]
 // dgate     [n], like dup
-// dispatch  256 elements a workgroup, folded
+// dispatch  256 quads a workgroup, folded
 #import grid
-struct Params { n: u32 }
+struct Params { quads: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> gate: array<f32>;          // [n]
-@group(0) @binding(2) var<storage, read> up: array<f32>;            // [n]
-@group(0) @binding(3) var<storage, read> dy: array<f32>;            // [n]
-@group(0) @binding(4) var<storage, read_write> dgate: array<f32>;   // [n]
-@group(0) @binding(5) var<storage, read_write> dup: array<f32>;     // [n]
+@group(0) @binding(1) var<storage, read> gate: array<vec4<f32>>;          // [n / 4]
+@group(0) @binding(2) var<storage, read> up: array<vec4<f32>>;            // [n / 4]
+@group(0) @binding(3) var<storage, read> dy: array<vec4<f32>>;            // [n / 4]
+@group(0) @binding(4) var<storage, read_write> dgate: array<vec4<f32>>;   // [n / 4]
+@group(0) @binding(5) var<storage, read_write> dup: array<vec4<f32>>;     // [n / 4]
 
 @compute @workgroup_size(256)
 fn main(
@@ -19,11 +19,12 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let i = linear_workgroup(group, groups) * 256u + lane;
-    if i < p.n {
+    if i < p.quads {
         let g = gate[i];
+        let d = dy[i];
         // Bounded, because WGSL leaves infinities undefined.
-        let s = 1.0 / (1.0 + exp(min(-g, 80.0)));
-        dgate[i] = dy[i] * up[i] * s * (1.0 + g * (1.0 - s));
-        dup[i] = dy[i] * g * s;
+        let s = 1.0 / (1.0 + exp(min(-g, vec4<f32>(80.0))));
+        dgate[i] = d * up[i] * s * (1.0 + g * (1.0 - s));
+        dup[i] = d * g * s;
     }
 }

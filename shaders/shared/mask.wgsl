@@ -1,94 +1,72 @@
 // Which query may see which key, told by numbers and never materialised.
 // p.mask    0 full, 1 block-causal over positions (causal when p.block is 1), 2 two-copy
-// p.block   tokens in a block; p.length: L; p.q_start: position of query row 0 (masks 0 and 1)
-// Two-copy rows are [noisy 0..L, clean L..2L]; a noisy block sees itself and the clean blocks before it, a
+// p.block   tokens in a block; p.length: L; p.q_start: position of query token 0 (masks 0 and 1)
+// Two-copy tokens are [noisy 0..L, clean L..2L]; a noisy block sees itself and the clean blocks before it, a
 // clean block sees the clean blocks up to itself. With HAS_SPANS a token also stays in its document:
 // spans[b, position] = (first, end) over positions, both nondecreasing.
+// So a query sees two ranges of keys, [x, y) and [z, w), and a key is seen by two ranges of queries; either may be
+// empty. Their ends do not decrease within a half, so a tile's ranges run from its first token's to its last's.
 override HAS_SPANS: u32 = 0u;
+override SHARED: u32 = 1u;   // query heads that share a key head
 const TWO_COPY: u32 = 2u;
 
-fn span(batch: u32, position: u32) -> vec2<u32> {
-    if HAS_SPANS == 0u {
-        return vec2<u32>(0u, p.length);
-    }
-    let at = (batch * p.length + position) * 2u;
-    return vec2<u32>(spans[at], spans[at + 1u]);
-}
-
-fn allowed(batch: u32, q: u32, k: u32) -> bool {
-    let two = p.mask == TWO_COPY;
-    let q_clean = two && q >= p.length;
-    let k_clean = two && k >= p.length;
-    let q_at = q + select(p.q_start, 0u, two) - select(0u, p.length, q_clean);
-    let k_at = k - select(0u, p.length, k_clean);
+// What of the range lies in the document of the token at this position.
+fn clip(batch: u32, position: u32, range: vec2<u32>) -> vec2<u32> {
+    var document = vec2<u32>(0u, p.length);
     if HAS_SPANS == 1u {
-        let s = span(batch, q_at);
-        if k_at < s.x || k_at >= s.y {
-            return false;
-        }
+        let at = (batch * p.length + position) * 2u;
+        document = vec2<u32>(spans[at], spans[at + 1u]);
     }
-    let q_block = q_at / p.block;
-    let k_block = k_at / p.block;
-    if !two {
-        return p.mask == 0u || q_block >= k_block;
-    }
-    if q_clean {
-        return k_clean && q_block >= k_block;
-    }
-    return select(q_block == k_block, q_block > k_block, k_clean);
+    let first = max(range.x, document.x);
+    return vec2<u32>(first, max(first, min(range.y, document.y)));
 }
 
-// Two ranges of rows, [x, y) and [z, w), that hold every allowed partner; either may be empty.
-fn clip(range: vec2<u32>, low: u32, high: u32) -> vec2<u32> {
-    let first = max(range.x, low);
-    return vec2<u32>(first, max(first, min(range.y, high)));
-}
-
-// Keys for the query rows first..=last, which lie in one half.
-fn keys_of(batch: u32, first: u32, last: u32) -> vec4<u32> {
-    let length = p.length;
+fn keys_of(batch: u32, query: u32) -> vec4<u32> {
     if p.mask != TWO_COPY {
-        let low = span(batch, first + p.q_start).x;
-        let high = span(batch, last + p.q_start).y;
-        let end = select(p.tk, ((last + p.q_start) / p.block + 1u) * p.block, p.mask == 1u);
-        return vec4<u32>(clip(vec2<u32>(0u, min(end, p.tk)), low, high), 0u, 0u);
+        let at = query + p.q_start;
+        let end = select(p.tk, min(p.tk, (at / p.block + 1u) * p.block), p.mask == 1u);
+        return vec4<u32>(clip(batch, at, vec2<u32>(0u, end)), 0u, 0u);
     }
-    let half = select(0u, length, first >= length);
-    let low = span(batch, first - half).x;
-    let high = span(batch, last - half).y;
-    let block = (last - half) / p.block;
-    let own = clip(vec2<u32>((first / p.block) * p.block, (block + 1u) * p.block), low, high);
-    let before = select(block, block + 1u, half > 0u) * p.block;
-    let clean = clip(vec2<u32>(0u, min(before, length)), low, high) + length;
-    return vec4<u32>(select(own, vec2<u32>(), half > 0u), clean);
+    let is_clean = query >= p.length;
+    let at = query - select(0u, p.length, is_clean);
+    let begin = at / p.block * p.block;
+    let own = vec2<u32>(begin, select(begin + p.block, begin, is_clean));
+    let clean = vec2<u32>(0u, select(begin, begin + p.block, is_clean));
+    return vec4<u32>(clip(batch, at, own), clip(batch, at, clean) + p.length);
 }
 
-// Queries for the key rows first..=last, which lie in one half.
-fn queries_of(batch: u32, first: u32, last: u32) -> vec4<u32> {
-    let length = p.length;
+fn queries_of(batch: u32, key: u32) -> vec4<u32> {
     if p.mask != TWO_COPY {
-        let low = max(span(batch, first).x, p.q_start) - p.q_start;
-        let high = max(span(batch, last).y, p.q_start) - p.q_start;
-        let begin = select(0u, (first / p.block) * p.block, p.mask == 1u);
-        let rows = vec2<u32>(max(begin, p.q_start) - p.q_start, p.tq);
-        return vec4<u32>(clip(rows, low, high), 0u, 0u);
+        let begin = select(0u, key / p.block * p.block, p.mask == 1u);
+        let seen = clip(batch, key, vec2<u32>(max(begin, p.q_start), p.q_start + p.tq)) - p.q_start;
+        return vec4<u32>(seen, 0u, 0u);
     }
-    let half = select(0u, length, first >= length);
-    let low = span(batch, first - half).x;
-    let high = span(batch, last - half).y;
-    let begin = ((first - half) / p.block) * p.block;
-    if half == 0u {
-        let end = (last / p.block + 1u) * p.block;
-        return vec4<u32>(clip(vec2<u32>(begin, end), low, high), 0u, 0u);
+    let is_clean = key >= p.length;
+    let at = key - select(0u, p.length, is_clean);
+    let begin = at / p.block * p.block;
+    if !is_clean {
+        return vec4<u32>(clip(batch, at, vec2<u32>(begin, begin + p.block)), 0u, 0u);
     }
-    let noisy = clip(vec2<u32>(begin + p.block, length), low, high);
-    return vec4<u32>(noisy, clip(vec2<u32>(begin, length), low, high) + length);
+    let noisy = clip(batch, at, vec2<u32>(begin + p.block, p.length));
+    return vec4<u32>(noisy, clip(batch, at, vec2<u32>(begin, p.length)) + p.length);
 }
 
-// Rows of a tile of 8: (first row, rows), tiles never crossing from one half to the other.
-fn tile_rows(tile: u32, rows: u32) -> vec2<u32> {
-    let half_rows = select(rows, p.length, p.mask == TWO_COPY);
-    let tiles = (half_rows + 7u) / 8u;
-    let within = (tile % tiles) * 8u;
-    return vec2<u32>((tile / tiles) * half_rows + within, min(8u, half_rows - within));
+// Rows of tile number `tile` of `size` rows, of which a token has `heads`: (first row, one past the last). A tile
+// lies in one half.
+fn tile_rows(tile: u32, size: u32, tokens: u32, heads: u32) -> vec2<u32> {
+    let half_rows = select(tokens, p.length, p.mask == TWO_COPY) * heads;
+    let tiles = (half_rows + size - 1u) / size;
+    let first = tile % tiles * size;
+    return vec2<u32>(first, min(first + size, half_rows)) + tile / tiles * half_rows;
+}
+
+// Where query rows of these numbers are: a token's heads that share a key head are rows side by side, so that they
+// share what is loaded of the keys.
+fn query_at(batch: u32, kv_head: u32, row: vec4<u32>) -> vec4<u32> {
+    return ((batch * p.tq + row / SHARED) * p.kv_heads + kv_head) * SHARED + row % SHARED;
+}
+
+// The same for key rows.
+fn key_at(batch: u32, kv_head: u32, row: vec4<u32>) -> vec4<u32> {
+    return (batch * p.capacity + row) * p.kv_heads + kv_head;
 }

@@ -7,16 +7,35 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::gpu::{Kernel, fold, kernel};
+use crate::gpu::{Gpu, Kernel, fold, kernel};
 use crate::tensor::{DType, Tensor};
 
-const FORWARD: Kernel = kernel!("attention");
+const TILE: Kernel = kernel!("attention");
+const FEW: Kernel = kernel!("attention_few");
+const SUBGROUP8: Kernel = kernel!("attention_subgroup8");
+const COMBINE: Kernel = kernel!("attention_combine");
 const BACKWARD_DOT: Kernel = kernel!("attention_backward_dot");
 const BACKWARD_Q: Kernel = kernel!("attention_backward_q");
 const BACKWARD_KV: Kernel = kernel!("attention_backward_kv");
+const BACKWARD_Q_SUBGROUP8: Kernel = kernel!("attention_backward_q_subgroup8");
+const BACKWARD_KV_SUBGROUP8: Kernel = kernel!("attention_backward_kv_subgroup8");
 
-/// The largest head dimension: tiles of eight rows then take 16 KiB of workgroup memory, what every device has.
+/// The largest head dimension.
 pub const MOST_HEAD_DIM: usize = 192;
+/// Rows and the largest head dimension of [`AttentionKernel::Few`]: what 16 KiB of workgroup memory hold.
+const FEW_ROWS: usize = 16;
+const FEW_HEAD_DIM: usize = 128;
+
+/// The kernels that can do the work; each is held to the same cases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionKernel {
+    /// 64 query rows × 32 keys through workgroup memory.
+    Tile,
+    /// At most 16 query rows (decoding), lanes along the keys; its backward pass is that of `Tile`.
+    Few,
+    /// Broadcasts inside subgroups of eight, for software adapters; head dimensions that are multiples of 8.
+    Subgroup8,
+}
 
 /// Which keys a query may see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +77,6 @@ impl AttentionOptions {
 struct Params {
     tq: u32,
     tk: u32,
-    heads: u32,
     kv_heads: u32,
     capacity: u32,
     mask: u32,
@@ -66,7 +84,8 @@ struct Params {
     length: u32,
     q_start: u32,
     scale: f32,
-    stats: u32,
+    rows: u32,
+    splits: u32,
 }
 
 /// See the module's page. Gradients flow into q, k and v, unless the keys come from a cache.
@@ -76,13 +95,41 @@ struct Params {
 #[track_caller]
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Tensor {
     let call = Call::new(q, k, v, options);
-    let (o, stats) = call.forward(q, k, v);
+    let kernel = choose(q.gpu(), &call);
+    let splits = call.splits(q.gpu(), kernel);
+    attention_with(kernel, splits, call, q, k, v)
+}
+
+fn attention_with(
+    kernel: AttentionKernel,
+    splits: usize,
+    call: Call,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+) -> Tensor {
+    let (o, stats) = call.forward(kernel, splits, q, k, v);
     let (kq, kk, kv) = (q.detach(), k.detach(), v.detach());
     let kept = o.detach();
     o.record("attention", &[q, k, v], move |dy| {
-        let (dq, dk, dv) = call.backward(&kq, &kk, &kv, &kept, &stats, dy);
+        let (dq, dk, dv) = call.backward(kernel, [&kq, &kk, &kv], &kept, &stats, dy);
         vec![Some(dq), Some(dk), Some(dv)]
     })
+}
+
+/// The kernel for this call on this device.
+fn choose(gpu: &Gpu, call: &Call) -> AttentionKernel {
+    let info = &gpu.adapter().info;
+    let eights = gpu.has(wgpu::Features::SUBGROUP)
+        && (info.subgroup_min_size, info.subgroup_max_size) == (8, 8);
+    let rows = call.params.tq as usize * call.shared as usize;
+    if eights && call.head_dim.is_multiple_of(8) {
+        AttentionKernel::Subgroup8
+    } else if rows <= FEW_ROWS && call.head_dim <= FEW_HEAD_DIM {
+        AttentionKernel::Few
+    } else {
+        AttentionKernel::Tile
+    }
 }
 
 /// One call's numbers, kept for the backward pass.
@@ -90,6 +137,8 @@ struct Call {
     params: Params,
     batch: usize,
     head_dim: usize,
+    /// Query heads that share a key head.
+    shared: u32,
     spans: Option<Tensor>,
 }
 
@@ -139,7 +188,6 @@ impl Call {
         let params = Params {
             tq: tq as u32,
             tk: tk as u32,
-            heads: heads as u32,
             kv_heads: kv_heads as u32,
             capacity: capacity as u32,
             mask,
@@ -147,46 +195,87 @@ impl Call {
             length: length as u32,
             q_start: options.q_start as u32,
             scale: 1.0 / (h as f32).sqrt(),
-            stats: (batch * tq * heads) as u32,
+            rows: (batch * tq * heads) as u32,
+            splits: 1,
         };
-        Call { params, batch, head_dim: h, spans: options.spans.clone() }
+        let shared = (heads / kv_heads) as u32;
+        Call { params, batch, head_dim: h, shared, spans: options.spans.clone() }
     }
 
-    fn constants(&self) -> [(&'static str, u32); 2] {
-        [("H", self.head_dim as u32), ("HAS_SPANS", u32::from(self.spans.is_some()))]
+    fn constants(&self) -> [(&'static str, u32); 3] {
+        let has_spans = u32::from(self.spans.is_some());
+        [("H", self.head_dim as u32), ("HAS_SPANS", has_spans), ("SHARED", self.shared)]
     }
 
-    /// Workgroups over tiles of eight rows; tiles do not cross the border of the two copies.
-    fn grid(&self, rows: u32, heads: u32) -> [u32; 3] {
+    /// Workgroups over tiles of so many rows; tiles do not cross the border of the two copies.
+    fn grid(&self, rows: u32, size: u32) -> [u32; 3] {
         let halves = if self.params.mask == 2 { 2 } else { 1 };
-        [(rows / halves).div_ceil(8) * halves, heads, self.batch as u32]
+        [(rows / halves).div_ceil(size) * halves, self.params.kv_heads, self.batch as u32]
     }
 
-    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
-        let p = &self.params;
+    fn forward_grid(&self, kernel: AttentionKernel) -> [u32; 3] {
+        let rows = match kernel {
+            AttentionKernel::Tile => 64,
+            AttentionKernel::Few => FEW_ROWS as u32,
+            AttentionKernel::Subgroup8 => 32,
+        };
+        self.grid(self.params.tq * self.shared, rows)
+    }
+
+    /// Pieces of the keys that are worked on side by side: more than one where a few query rows would leave most of
+    /// the device idle.
+    fn splits(&self, gpu: &Gpu, kernel: AttentionKernel) -> usize {
+        const LEAST_KEYS: usize = 256;
+        let busy = if gpu.adapter().is_software() { 16 } else { 256 };
+        let workgroups: u32 = self.forward_grid(kernel).iter().product();
+        let most = (self.params.tk as usize / LEAST_KEYS).max(1);
+        (busy / (workgroups as usize).max(1)).clamp(1, most)
+    }
+
+    fn forward(
+        &self,
+        kernel: AttentionKernel,
+        splits: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> (Tensor, Tensor) {
+        let (gpu, p) = (q.gpu(), &Params { splits: splits as u32, ..self.params });
         let o = q.empty_like("attention");
-        let rows = [2, self.batch, p.tq as usize, p.heads as usize];
-        let stats = Tensor::empty(q.gpu(), rows, DType::F32, "attention");
+        let rows = p.rows as usize;
+        let stats = Tensor::empty(gpu, [2, rows], DType::F32, "attention");
         if p.tk == 0 {
-            q.gpu().zero(o.buffer());
+            gpu.zero(o.buffer());
             return (o, stats);
         }
+        let shader = match kernel {
+            AttentionKernel::Tile => TILE,
+            AttentionKernel::Few => FEW,
+            AttentionKernel::Subgroup8 => SUBGROUP8,
+        };
         // Without documents the binding is never read; any tensor may stand in.
         let spans = self.spans.as_ref().unwrap_or(k);
-        FORWARD.with(&self.constants()).run(
-            p,
-            &[q, k, v, spans],
-            &[&o, &stats],
-            self.grid(p.tq, p.heads),
-        );
+        let reads = [q, k, v, spans];
+        let [x, y, z] = self.forward_grid(kernel);
+        let grid = [x * p.splits, y, z];
+        if splits == 1 {
+            shader.with(&self.constants()).run(p, &reads, &[&o, &stats], grid);
+            return (o, stats);
+        }
+        let h = self.head_dim;
+        let parts = Tensor::empty(gpu, [splits, rows, h], DType::F32, "attention parts");
+        let lse = Tensor::empty(gpu, [splits, rows], DType::F32, "attention parts");
+        shader.with(&self.constants()).run(p, &reads, &[&parts, &lse], grid);
+        let sizes = [p.rows, h as u32 / 4, p.splits];
+        let quads = rows * h / 4;
+        COMBINE.run(&sizes, &[&parts, &lse], &[&o, &stats], fold(quads.div_ceil(64)));
         (o, stats)
     }
 
     fn backward(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        kernel: AttentionKernel,
+        [q, k, v]: [&Tensor; 3],
         o: &Tensor,
         stats: &Tensor,
         dy: &Tensor,
@@ -196,22 +285,21 @@ impl Call {
         let dq = q.empty_like("attention_backward_q");
         let dk = k.empty_like("attention_backward_kv");
         let dv = v.empty_like("attention_backward_kv");
-        if p.tk == 0 {
-            q.gpu().zero(dq.buffer());
+        if p.tk == 0 || p.tq == 0 {
+            [&dq, &dk, &dv].into_iter().for_each(|t| q.gpu().zero(t.buffer()));
             return (dq, dk, dv);
         }
-        let rows = p.stats as usize;
-        let sizes = [rows as u32, self.head_dim as u32 / 4];
-        BACKWARD_DOT.run(&sizes, &[dy, o], &[stats], fold(rows.div_ceil(64)));
+        let sizes = [p.rows, self.head_dim as u32 / 4];
+        BACKWARD_DOT.run(&sizes, &[dy, o], &[stats], fold((p.rows as usize).div_ceil(64)));
         let spans = self.spans.as_ref().unwrap_or(k);
         let reads = [q, k, v, spans, dy, stats];
+        let (to_q, to_kv, rows, keys) = match kernel {
+            AttentionKernel::Subgroup8 => (BACKWARD_Q_SUBGROUP8, BACKWARD_KV_SUBGROUP8, 32, 32),
+            AttentionKernel::Tile | AttentionKernel::Few => (BACKWARD_Q, BACKWARD_KV, 64, 64),
+        };
         let constants = self.constants();
-        BACKWARD_Q.with(&constants).run(p, &reads, &[&dq], self.grid(p.tq, p.heads));
-        BACKWARD_KV.with(&constants).run(p, &reads, &[&dk, &dv], self.grid(p.tk, p.kv_heads));
-        if p.tq == 0 {
-            q.gpu().zero(dk.buffer());
-            q.gpu().zero(dv.buffer());
-        }
+        to_q.with(&constants).run(p, &reads, &[&dq], self.grid(p.tq * self.shared, rows));
+        to_kv.with(&constants).run(p, &reads, &[&dk, &dv], self.grid(p.tk, keys));
         (dq, dk, dv)
     }
 }
@@ -320,8 +408,44 @@ mod cases {
         .tolerance(Tolerance { absolute: 1e-3, relative: 1e-3 })
     }
 
+    /// The same call forced through one kernel, with its keys in so many pieces.
+    fn forced(
+        kernel: AttentionKernel,
+        splits: usize,
+        mask: Mask,
+        extents: Extents,
+        q_start: usize,
+    ) -> Case {
+        let plain = case(mask, extents, q_start);
+        Case {
+            name: format!("{} by {kernel:?} in {splits}", plain.name),
+            run: Box::new(move |t| {
+                let options = AttentionOptions { q_start, ..AttentionOptions::new(mask) };
+                let call = Call::new(&t[0], &t[1], &t[2], &options);
+                attention_with(kernel, splits, call, &t[0], &t[1], &t[2])
+            }),
+            ..plain
+        }
+        .needs(move |gpu| kernel != AttentionKernel::Subgroup8 || gpu.has_subgroups_of(8))
+    }
+
+    /// A bench: pairs of a query and a key that it sees, times the heads, cost 4 H operations each.
+    fn bench(mask: Mask, [b, tq, tk, n, g, h]: Extents, q_start: usize) -> Case {
+        let pairs = match mask {
+            Mask::Full => tq * tk,
+            Mask::Causal => (0..tq).map(|q| q + q_start + 1).sum(),
+            Mask::BlockCausal(k) => (0..tq).map(|q| ((q + q_start) / k + 1) * k).sum(),
+            // Rows q of both copies together: the block before, itself, and its own noisy block.
+            Mask::TwoCopy(k) => (0..tk / 2).map(|q| 2 * (q / k * k) + 2 * k).sum(),
+        };
+        let flops = 4.0 * (b * pairs * n * h) as f64;
+        let bytes = 4.0 * (b * (2 * tq * n + 2 * tk * g) * h) as f64;
+        case(mask, [b, tq, tk, n, g, h], q_start).cost(flops, bytes)
+    }
+
     /// Attention's cases.
     pub fn cases() -> Vec<Case> {
+        use AttentionKernel::{Few, Subgroup8, Tile};
         use Mask::{BlockCausal, Causal, Full, TwoCopy};
         let mut cases = vec![
             case(Full, [1, 1, 1, 1, 1, 4], 0),
@@ -330,24 +454,42 @@ mod cases {
             case(Causal, [2, 19, 19, 4, 2, 8], 0),
             case(Causal, [1, 131, 131, 1, 1, 4], 0),
             case(Causal, [1, 9, 9, 3, 1, 132], 0),
-            case(Causal, [1, 11, 11, 3, 3, 64], 0),
+            case(Causal, [1, 11, 11, 3, 3, 16], 0),
             case(BlockCausal(4), [1, 8, 77, 2, 1, 8], 69),
             case(BlockCausal(4), [1, 18, 18, 2, 1, 8], 0),
             documents(Causal, &[3, 9, 1, 7], [2, 20, 20, 2, 1, 8]),
             documents(BlockCausal(4), &[4, 12, 4], [1, 20, 20, 2, 1, 8]),
             documents(TwoCopy(4), &[4, 8, 12], [2, 48, 48, 2, 1, 8]),
+            documents(TwoCopy(4), &[5, 6, 13], [1, 48, 48, 2, 1, 12]),
             documents(TwoCopy(2), &[70, 10], [1, 160, 160, 1, 1, 4]),
         ];
         for block in [1, 2, 4, 8, 32] {
             cases.push(case(TwoCopy(block), [1, 74, 74, 2, 1, 8], 0));
         }
-        let (t, n, h) = (512, 9, 64);
-        let pairs = (t * t / 2 * n) as f64;
-        let bytes = 4.0 * (t * n * h * 4) as f64;
-        cases.push(case(Causal, [1, t, t, n, 3, h], 0).cost(pairs * 4.0 * h as f64, bytes));
-        let pairs = (t * t * n) as f64;
-        let two = case(TwoCopy(4), [1, 2 * t, 2 * t, n, 3, h], 0);
-        cases.push(two.cost(pairs * 4.0 * h as f64, 2.0 * bytes));
+        // Few combinations of head dimension and shared heads: each is compiled anew, which takes the driver seconds.
+        for kernel in [Tile, Subgroup8] {
+            cases.push(forced(kernel, 1, Causal, [2, 71, 71, 4, 2, 8], 0));
+            cases.push(forced(kernel, 1, Causal, [1, 9, 9, 3, 1, 136], 0));
+            cases.push(forced(kernel, 1, BlockCausal(4), [1, 37, 37, 4, 2, 72], 0));
+            cases.push(forced(kernel, 1, TwoCopy(4), [1, 140, 140, 2, 1, 8], 0));
+            cases.push(forced(kernel, 1, TwoCopy(4), [1, 24, 24, 2, 1, 72], 0));
+            cases.push(forced(kernel, 3, BlockCausal(4), [2, 24, 150, 2, 1, 8], 126));
+        }
+        for kernel in [Tile, Few, Subgroup8] {
+            cases.push(forced(kernel, 1, Full, [1, 6, 70, 4, 2, 72], 0));
+            cases.push(forced(kernel, 4, BlockCausal(4), [1, 4, 280, 2, 1, 8], 276));
+            // More pieces than tiles of keys: some are empty.
+            cases.push(forced(kernel, 5, Causal, [2, 5, 70, 6, 2, 8], 65));
+        }
+        for h in [64, 128] {
+            for t in [512, 1024, 2048, 4096] {
+                cases.push(bench(Causal, [1, t, t, 8, 2, h], 0));
+                cases.push(bench(TwoCopy(4), [1, t, t, 8, 2, h], 0));
+            }
+            for rows in [4, 16] {
+                cases.push(bench(BlockCausal(rows), [1, rows, 4096, 8, 2, h], 4096 - rows));
+            }
+        }
         cases
     }
 }

@@ -6,16 +6,22 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::gpu::{Kernel, fold, kernel};
+use crate::ops::reduce::pieces;
 use crate::tensor::{DType, Shape, Tensor};
 
 const FORWARD: Kernel = kernel!("embedding");
+const SORT: Kernel = kernel!("embedding_sort");
 const BACKWARD: Kernel = kernel!("embedding_backward");
+const JOIN: Kernel = kernel!("embedding_join");
+
+/// Sorted tokens that one workgroup of the backward pass adds.
+const CHUNK: usize = 64;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Params {
     n: u32,
-    d: u32,
+    pieces: u32,
     first: u32,
     rows: u32,
 }
@@ -37,16 +43,17 @@ pub fn embedding(tokens: &Tensor, table: &[Tensor]) -> Tensor {
     let n = tokens.numel();
     let shape: Shape = [&tokens.shape()[..], &[d]].concat().into();
     let y = Tensor::empty(tokens.gpu(), shape, DType::F32, "embedding");
+    let (pieces, wide) = pieces(d);
     let mut shards = Vec::new();
     let mut first = 0;
     for shard in table {
         let rows = shard.shape()[0] as u32;
-        let params = Params { n: n as u32, d: d as u32, first, rows };
-        FORWARD.with(&[]).import(&[("weight", shard.dtype().weight_import())]).run(
+        let params = Params { n: n as u32, pieces: pieces as u32, first, rows };
+        FORWARD.with(&[wide]).import(&[("weight", shard.dtype().weight_import())]).run(
             &params,
             &[tokens, shard],
             &[&y],
-            fold((n * d).div_ceil(256)),
+            fold((n * pieces).div_ceil(256)),
         );
         shards.push((params, shard.shape().clone(), shard.is_tracked()));
         first += rows;
@@ -54,12 +61,23 @@ pub fn embedding(tokens: &Tensor, table: &[Tensor]) -> Tensor {
     let tokens = tokens.detach();
     let inputs: Vec<&Tensor> = table.iter().collect();
     y.record("embedding", &inputs, move |dy| {
+        let tracked = shards.iter().any(|(.., tracked)| *tracked) && n > 0;
+        let order = Tensor::empty(dy.gpu(), [2, n], DType::U32, "embedding");
+        let chunks = n.div_ceil(CHUNK);
+        let partial = Tensor::empty(dy.gpu(), [2 * chunks, d], DType::F32, "embedding");
+        if tracked {
+            // Four bits a pass, as many as the number of rows has.
+            let passes = (u32::BITS - first.leading_zeros()).div_ceil(4);
+            SORT.run(&[n as u32, passes, first], &[&tokens], &[&order], [1, 1, 1]);
+        }
         let gradient = |(params, shape, tracked): &(Params, Shape, bool)| {
             tracked.then(|| {
                 let dtable = Tensor::zeros(dy.gpu(), shape, DType::F32, "embedding");
-                let [x, y, _] = fold(n);
-                let grid = [x, y, d.div_ceil(256) as u32];
-                BACKWARD.run(params, &[&tokens, dy], &[&dtable], grid);
+                let [x, y, _] = fold(chunks);
+                let grid = [x, y, pieces.div_ceil(64) as u32];
+                let reads = [&tokens, &order, dy];
+                BACKWARD.with(&[wide]).run(params, &reads, &[&dtable, &partial], grid);
+                JOIN.with(&[wide]).run(params, &[&tokens, &order, &partial], &[&dtable], grid);
                 dtable
             })
         };
@@ -147,6 +165,7 @@ mod cases {
         }
         let bytes = 8.0 * (512 * 576) as f64;
         cases.push(case(&[512], &[4096], 576, false).cost(0.0, bytes));
+        cases.push(case(&[2048], &[49_152], 576, false).cost(0.0, 4.0 * bytes));
         cases
     }
 }

@@ -8,6 +8,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::matmul::{Layout, Target, matmul_chunk};
 use crate::gpu::{Kernel, fold, kernel};
+use crate::ops::reduce::{pieces, row_lanes};
 use crate::tensor::{DType, Tensor};
 
 const GATHER: Kernel = kernel!("gather_rows");
@@ -80,9 +81,11 @@ fn linear_cross_entropy_in_chunks(
     let chunks = head.chunks();
     for chunk in &chunks {
         let logits = head.logits(chunk);
-        let params =
-            ChunkParams { rows: r as u32, columns: chunk.len as u32, first: chunk.first as u32 };
-        CHUNK.run(&params, &[&logits, targets], &[&head.state], fold(r));
+        let (n, wide) = pieces(chunk.len);
+        let (columns, first) = (chunk.len as u32, chunk.first as u32);
+        let params = ChunkParams { rows: r as u32, pieces: n as u32, columns, first };
+        let constants = [row_lanes(gpu, chunk.len), wide];
+        CHUNK.with(&constants).run(&params, &[&logits, targets], &[&head.state], fold(r));
         kept = (chunks.len() == 1).then_some(logits);
     }
     let per_row = Tensor::empty(gpu, [r], DType::F32, op);
@@ -95,9 +98,11 @@ fn linear_cross_entropy_in_chunks(
     let loss = loss.record(op, &inputs, move |dy| {
         let (dx, dw) = head.backward(dy, kept, &tracked);
         let whole = Tensor::zeros(dx.gpu(), shape, DType::F32, op);
-        let n = dx.numel() as u32;
-        let params = RowParams { n, d: dx.shape().last() as u32 };
-        SCATTER.run(&params, &[&dx, &head.supervision.rows], &[&whole], elements(n));
+        let [r, d] = dx.shape().matrix();
+        let (pieces, wide) = pieces(d);
+        let params = RowParams { n: (r * pieces) as u32, pieces: pieces as u32 };
+        let reads = [&dx, &head.supervision.rows];
+        SCATTER.with(&[wide]).run(&params, &reads, &[&whole], elements(params.n));
         [Some(whole)].into_iter().chain(dw).collect()
     });
     CrossEntropy { loss, per_row }
@@ -109,8 +114,9 @@ fn elements(n: u32) -> [u32; 3] {
 
 fn gather(x: &Tensor, rows: &Tensor, d: usize) -> Tensor {
     let y = Tensor::empty(x.gpu(), [rows.numel(), d], DType::F32, "gather_rows");
-    let n = y.numel() as u32;
-    GATHER.run(&RowParams { n, d: d as u32 }, &[x, rows], &[&y], elements(n));
+    let (pieces, wide) = pieces(d);
+    let params = RowParams { n: (rows.numel() * pieces) as u32, pieces: pieces as u32 };
+    GATHER.with(&[wide]).run(&params, &[x, rows], &[&y], elements(params.n));
     y
 }
 
@@ -177,14 +183,15 @@ impl Head {
             .collect();
         for chunk in self.chunks() {
             let g = kept.take().unwrap_or_else(|| self.logits(&chunk));
-            let n = g.numel() as u32;
+            let (pieces, wide) = pieces(chunk.len);
             let params = BackwardParams {
-                n,
-                columns: chunk.len as u32,
+                n: (g.shape()[0] * pieces) as u32,
+                pieces: pieces as u32,
                 first: chunk.first as u32,
                 scale: 1.0 / divisor,
             };
-            BACKWARD.run(&params, &[&self.state, targets, weights, dy], &[&g], elements(n));
+            let reads = [&self.state, targets, weights, dy];
+            BACKWARD.with(&[wide]).run(&params, &reads, &[&g], elements(params.n));
             let w = &self.shards[chunk.shard];
             let into = Target { y: &dx, row: 0, b_row: chunk.row, add: chunk.first > 0 };
             matmul_chunk(&g, w, chunk.len, Layout::NN, &into);
@@ -201,13 +208,14 @@ impl Head {
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct RowParams {
     n: u32,
-    d: u32,
+    pieces: u32,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct ChunkParams {
     rows: u32,
+    pieces: u32,
     columns: u32,
     first: u32,
 }
@@ -223,7 +231,7 @@ struct LossParams {
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct BackwardParams {
     n: u32,
-    columns: u32,
+    pieces: u32,
     first: u32,
     scale: f32,
 }

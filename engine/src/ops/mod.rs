@@ -16,7 +16,7 @@ mod swiglu;
 #[cfg(feature = "cases")]
 pub mod case;
 
-pub use attention::{AttentionOptions, MOST_HEAD_DIM, Mask, attention};
+pub use attention::{AttentionKernel, AttentionOptions, MOST_HEAD_DIM, Mask, attention};
 #[cfg(feature = "cases")]
 pub use elementwise::elementwise_kernels;
 pub use elementwise::{

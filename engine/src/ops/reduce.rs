@@ -6,7 +6,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::gpu::{Kernel, fold, kernel};
+use crate::gpu::{Gpu, Kernel, fold, kernel};
 use crate::tensor::{DType, Shape, Tensor};
 
 const SUM: Kernel = kernel!("sum");
@@ -81,9 +81,21 @@ impl View {
     }
 }
 
-/// Lanes for workgroups that share a row: short rows would leave most of 256 idle at every barrier.
-pub(crate) fn row_lanes(columns: usize) -> (&'static str, u32) {
-    ("WG", if columns <= 1024 { 64 } else { 256 })
+/// Lanes for workgroups that share a row: short rows would leave most of 256 idle at every barrier. Software adapters
+/// pay for each subgroup at each barrier, so there a row has one subgroup.
+pub(crate) fn row_lanes(gpu: &Gpu, columns: usize) -> (&'static str, u32) {
+    let lanes = match columns {
+        _ if gpu.adapter().is_software() => 8,
+        0..=1024 => 64,
+        _ => 256,
+    };
+    ("WG", lanes)
+}
+
+/// How rows of this length go through bindings of quads (shaders/shared/quad.wgsl): pieces in a row, and the constant.
+pub(crate) fn pieces(columns: usize) -> (usize, (&'static str, u32)) {
+    let wide = columns.is_multiple_of(4);
+    (if wide { columns / 4 } else { columns }, ("WIDE", u32::from(wide)))
 }
 
 /// Σ over `axis`, which disappears; 0 where it is empty.
@@ -184,7 +196,7 @@ fn sum_chunks(x: &Tensor, view: View, chunk: usize, scale: f32, y: &Tensor) {
     if inner == 1 {
         let n = outer * chunks;
         let params = SumParams { n: n as u32, extent, chunk, chunks: n_chunks, scale };
-        let lanes = [row_lanes(chunk as usize)];
+        let lanes = [row_lanes(x.gpu(), chunk as usize)];
         SUM.with(&lanes).run(&params, &[x], &[y], fold(n));
     } else {
         let tiles = inner.div_ceil(32);

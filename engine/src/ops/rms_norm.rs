@@ -5,7 +5,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::gpu::{Kernel, fold, kernel};
-use crate::ops::reduce::{row_lanes, sum};
+use crate::ops::reduce::{pieces, row_lanes, sum};
 use crate::tensor::{DType, Tensor};
 
 const FORWARD: Kernel = kernel!("rms_norm");
@@ -16,6 +16,7 @@ const DW: Kernel = kernel!("rms_norm_dw");
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Params {
     rows: u32,
+    pieces: u32,
     d: u32,
     eps: f32,
 }
@@ -31,22 +32,25 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
     assert!(fits, "rms_norm: x {} and w {} do not fit", x.shape(), w.shape());
     let floats = (x.dtype(), w.dtype()) == (DType::F32, DType::F32);
     assert!(floats, "rms_norm: {:?} and {:?} must be f32", x.dtype(), w.dtype());
-    let params = Params { rows: rows as u32, d: d as u32, eps };
+    let (n, wide) = pieces(d);
+    let params = Params { rows: rows as u32, pieces: n as u32, d: d as u32, eps };
+    let lanes = row_lanes(x.gpu(), d);
     let y = x.empty_like("rms_norm");
     let s = Tensor::empty(x.gpu(), [rows], DType::F32, "rms_norm");
-    FORWARD.with(&[row_lanes(d)]).run(&params, &[x, w], &[&y, &s], fold(rows));
+    FORWARD.with(&[lanes, wide]).run(&params, &[x, w], &[&y, &s], fold(rows));
     let (kx, kw) = (x.detach(), w.detach());
     let (need_x, need_w) = (x.is_tracked(), w.is_tracked());
     y.record("rms_norm", &[x, w], move |dy| {
         let dx = need_x.then(|| {
             let dx = kx.empty_like("rms_norm");
-            DX.with(&[row_lanes(d)]).run(&params, &[&kx, &kw, &s, dy], &[&dx], fold(rows));
+            DX.with(&[lanes, wide]).run(&params, &[&kx, &kw, &s, dy], &[&dx], fold(rows));
             dx
         });
         let dw = need_w.then(|| {
             let chunks = rows.div_ceil(32);
             let partial = Tensor::empty(kx.gpu(), [chunks, d], DType::F32, "rms_norm");
-            DW.run(&params, &[&kx, &s, dy], &[&partial], fold(chunks * d.div_ceil(64)));
+            let grid = fold(chunks * n.div_ceil(64));
+            DW.with(&[wide]).run(&params, &[&kx, &s, dy], &[&partial], grid);
             sum(&partial, 0)
         });
         vec![dx, dw]
@@ -85,8 +89,10 @@ mod cases {
     pub fn cases() -> Vec<Case> {
         let shapes = [&[1][..], &[3, 5], &[2, 33, 7], &[4, 257], &[3, 3000], &[70, 130], &[0, 3]];
         let mut cases: Vec<_> = shapes.into_iter().map(case).collect();
-        let n = 512.0 * 576.0;
-        cases.push(case(&[512, 576]).cost(4.0 * n, 8.0 * n));
+        for d in [576, 4096] {
+            let n = (512 * d) as f64;
+            cases.push(case(&[512, d]).cost(4.0 * n, 8.0 * n));
+        }
         cases
     }
 }

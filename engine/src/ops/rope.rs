@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use crate::gpu::{Kernel, fold, kernel};
+use crate::ops::reduce::pieces;
 use crate::tensor::{DType, Tensor};
 
 const ROPE: Kernel = kernel!("rope");
@@ -14,8 +15,8 @@ const ROPE: Kernel = kernel!("rope");
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Params {
-    pairs: u32,
-    half: u32,
+    n: u32,
+    pieces: u32,
     heads: u32,
     positions: u32,
     sign: f32,
@@ -44,15 +45,18 @@ pub fn rope(x: &Tensor, positions: &Tensor, inv_freq: &Tensor) -> Tensor {
 
 fn rotate(x: &Tensor, positions: &Tensor, inv_freq: &Tensor, sign: f32) -> Tensor {
     let y = x.empty_like("rope");
-    let pairs = x.numel() / 2;
+    let [b, t, heads, h] = **x.shape() else { unreachable!("rope has checked the shape") };
+    let (pieces, wide) = pieces(h / 2);
+    let n = b * t * heads.div_ceil(8) * pieces;
     let params = Params {
-        pairs: pairs as u32,
-        half: inv_freq.numel() as u32,
-        heads: x.shape()[2] as u32,
+        n: n as u32,
+        pieces: pieces as u32,
+        heads: heads as u32,
         positions: positions.numel() as u32,
         sign,
     };
-    ROPE.run(&params, &[x, positions, inv_freq], &[&y], fold(pairs.div_ceil(256)));
+    let reads = [x, positions, inv_freq];
+    ROPE.with(&[wide]).run(&params, &reads, &[&y], fold(n.div_ceil(256)));
     y
 }
 
@@ -105,7 +109,7 @@ mod cases {
 
     /// The rotation's cases.
     pub fn cases() -> Vec<Case> {
-        let n = (512 * 9 * 64) as f64;
+        let n = |heads: usize, h: usize| (512 * heads * h) as f64;
         vec![
             case([1, 1, 1, 2], 0, true),
             case([2, 5, 3, 6], 0, true),
@@ -116,7 +120,9 @@ mod cases {
             case([1, 64, 1, 64], 99_900, false),
             case([0, 4, 2, 8], 0, true),
             case([2, 0, 2, 8], 0, false),
-            case([1, 512, 9, 64], 0, true).cost(3.0 * n, 8.0 * n),
+            case([1, 5, 19, 8], 0, true),
+            case([1, 512, 9, 64], 0, true).cost(3.0 * n(9, 64), 8.0 * n(9, 64)),
+            case([1, 512, 32, 128], 0, true).cost(3.0 * n(32, 128), 8.0 * n(32, 128)),
         ]
     }
 }

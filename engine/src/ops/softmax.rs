@@ -28,11 +28,16 @@ pub fn softmax(x: &Tensor) -> Tensor {
     let [rows, columns] = x.shape().matrix();
     let params = Params { rows: rows as u32, columns: columns as u32 };
     let y = x.empty_like("softmax");
-    FORWARD.with(&[row_lanes(columns)]).run(&params, &[x], &[&y], fold(rows));
+    FORWARD.with(&[row_lanes(x.gpu(), columns)]).run(&params, &[x], &[&y], fold(rows));
     let kept = y.detach();
     y.record("softmax", &[x], move |dy| {
         let dx = kept.empty_like("softmax");
-        BACKWARD.with(&[row_lanes(columns)]).run(&params, &[&kept, dy], &[&dx], fold(rows));
+        BACKWARD.with(&[row_lanes(dy.gpu(), columns)]).run(
+            &params,
+            &[&kept, dy],
+            &[&dx],
+            fold(rows),
+        );
         vec![Some(dx)]
     })
 }
