@@ -32,9 +32,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs `step` three times untimed by the device (the last one counts), then once with timestamps.
+/// Runs `step` five times untimed by the device (the last one counts), then once with timestamps.
 fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>) -> Result<()> {
-    for _ in 0..3 {
+    for _ in 0..5 {
         gpu.reset_stats();
         gpu.reset_peak();
         let start = Instant::now();
@@ -43,8 +43,9 @@ fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>)
         let wall = start.elapsed();
         let stats = gpu.stats();
         let host = stats.host_time.as_secs_f64() * 1e6 / stats.dispatches.max(1) as f64;
+        let whole = wall.as_secs_f64() * 1e6 / stats.dispatches.max(1) as f64;
         println!(
-            "{name}: {} dispatches ({} new bind groups) in {} batches, host {host:.2} µs a dispatch, submit {:.3} s, wall {:.3} s, peak {:.0} MB",
+            "{name}: {} dispatches ({} new bind groups) in {} batches, host {host:.2} µs a dispatch, submit {:.4} s, wall {:.4} s ({whole:.2} µs a dispatch), peak {:.0} MB",
             stats.dispatches,
             stats.bind_groups,
             stats.submits,
