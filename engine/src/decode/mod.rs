@@ -4,6 +4,7 @@
 
 mod autoregressive;
 mod block;
+mod canvas;
 mod sampler;
 mod score;
 
@@ -12,9 +13,11 @@ use std::time::Instant;
 
 pub use autoregressive::{AutoregressiveOptions, AutoregressiveSession};
 pub use block::{BlockOptions, BlockSession, Remasking, Schedule};
+pub use canvas::{Canvas, Outcome, Proposal, Quota};
 pub use sampler::{Choice, Sampler};
 pub use score::{bits_per_byte, perplexity, score};
 
+use crate::gpu::Gpu;
 use crate::model::{Llama, LlamaConfig};
 use crate::{Error, Result};
 
@@ -172,10 +175,11 @@ pub struct Generation {
     pub seconds: f64,
 }
 
-/// A decoding in progress; each call of `advance` runs one forward pass (and a commit pass behind
+/// A decoding in progress; each call of `advance` tells of one forward pass (and a commit pass behind
 /// it, where that is not fused).
 pub trait Session {
-    /// Runs the next pass and appends its events. Does nothing once finished.
+    /// Waits for the next pass and appends its events, having recorded the passes behind it as far as the session
+    /// looks ahead. Does nothing once finished.
     ///
     /// # Errors
     /// A device fault, or logits that are not finite. The session cannot go on after an error.
@@ -233,6 +237,13 @@ pub fn generate(
         finish_reason: session.finished().unwrap_or(FinishReason::Interrupted),
         seconds: began.elapsed().as_secs_f64(),
     })
+}
+
+/// How many passes a session records before it waits for the first of them, unless told otherwise. A GPU gets the next
+/// pass while the host still waits for this one, so it never idles, and at most one pass a block is one too many. A
+/// software adapter computes on the host's own cores: there nothing is gained, and the pass too many is lost.
+pub fn look_ahead(gpu: &Gpu) -> usize {
+    if gpu.adapter().is_software() { 1 } else { 2 }
 }
 
 /// Refuses prompts and options that fit no mode; returns the length of prompt and answer in tokens.

@@ -128,10 +128,15 @@ impl Gpu {
 
     /// Submits the open batch without waiting.
     pub fn flush(&self) {
+        let _ = self.submit();
+    }
+
+    /// Submits the open batch, if there is one, and names the submission.
+    pub(super) fn submit(&self) -> Option<wgpu::SubmissionIndex> {
         let inner = &*self.0;
         let mut batch = inner.batch.borrow_mut();
         batch.pass = None;
-        let Some(mut encoder) = batch.encoder.take() else { return };
+        let mut encoder = batch.encoder.take()?;
         let start = Instant::now();
         let mut timestamps = inner.timestamps.borrow_mut();
         let timed = timestamps.as_mut().filter(|t| !t.names.is_empty());
@@ -145,7 +150,7 @@ impl Gpu {
         let mut stats = inner.stats.borrow_mut();
         stats.host_time += start.elapsed();
         let start = Instant::now();
-        inner.queue.submit([commands]);
+        let submission = inner.queue.submit([commands]);
         stats.submits += 1;
         stats.submit_time += start.elapsed();
         if let Some(t) = timed {
@@ -159,6 +164,7 @@ impl Gpu {
         let buffers = std::mem::take(&mut batch.last_buffers);
         drop(batch);
         self.take_report(&names, buffers);
+        Some(submission)
     }
 
     /// Turns what wgpu reported into a typed fault that names the kernels in question.

@@ -22,6 +22,7 @@ pub use buffer::{Buffer, Memory};
 pub(crate) use kernel::kernel;
 pub use kernel::{Kernel, Variant};
 pub use profile::{KernelTime, Stats};
+pub use read_back::ReadBack;
 
 use crate::{Error, Result};
 use batch::{Batch, Cache, Reported};
@@ -68,7 +69,7 @@ pub(crate) struct GpuInner {
     cache: RefCell<Cache>,
     stats: RefCell<Stats>,
     timestamps: RefCell<Option<Timestamps>>,
-    staging: RefCell<Option<wgpu::Buffer>>,
+    staging: RefCell<Vec<wgpu::Buffer>>,
     budget: Cell<u64>,
     fault: RefCell<Option<Error>>,
     /// Filled by wgpu's callbacks, which may come from any thread.

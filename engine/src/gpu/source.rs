@@ -4,9 +4,12 @@
 
 /// The shared WGSL files that kernels import, by name.
 const SHARED: &[(&str, &str)] = &[
+    ("gumbel", include_str!("../../../shaders/shared/gumbel.wgsl")),
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
+    ("philox", include_str!("../../../shaders/shared/philox.wgsl")),
     ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
+    ("rotation", include_str!("../../../shaders/shared/rotation.wgsl")),
     ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
     ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),
     ("weight_f32", include_str!("../../../shaders/shared/weight_f32.wgsl")),
