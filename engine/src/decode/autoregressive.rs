@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use super::canvas::{Canvas, Outcome, Quota};
+use super::canvas::{Canvas, Outcome, Quota, Wanted};
 use super::{Choice, Counters, DecodeOptions, Event, FinishReason, Mode, PREFILL_ROWS, Remasking};
 use super::{Sampler, Session, check_request, look_ahead, not_finite};
 use crate::model::{KvCache, Llama};
@@ -142,14 +142,14 @@ impl<'a> AutoregressiveSession<'a> {
     fn next_token(&mut self) -> Result<(u32, f32)> {
         while self.recorded.len() < self.look_ahead && self.next() < self.total {
             let position = self.next();
-            let logits = self.logits(position);
-            let quota = Quota::Best(1);
-            self.recorded.push_back(self.canvas.commit(
-                &logits,
-                position,
-                quota,
-                Remasking::LowConfidence,
-            ));
+            let first = self.recorded.is_empty();
+            let wanted = if first { Wanted::Surely } else { Wanted::WhileGoing };
+            let canvas = self.canvas.clone();
+            let outcome = canvas.pass_if(wanted, || {
+                let logits = self.logits(position);
+                canvas.commit(&logits, position, Quota::Best(1), Remasking::LowConfidence)
+            });
+            self.recorded.push_back(outcome);
         }
         let outcome = self.recorded.pop_front().expect("an unfinished answer has a next token");
         let proposals = outcome.wait()?;

@@ -19,7 +19,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::canvas::{Canvas, Outcome, Proposal, Quota};
+use super::canvas::{Canvas, Outcome, Proposal, Quota, Wanted};
 use super::{Counters, DecodeOptions, Event, FinishReason, Mode, PREFILL_ROWS, Sampler, Session};
 use super::{check_ids, check_request, look_ahead};
 use crate::model::{KvCache, Llama};
@@ -257,8 +257,6 @@ impl<'a> BlockSession<'a> {
         }
         let Plan { clean, ref block, passes, .. } = self.plan;
         let (block, answer) = (block.clone(), self.answer_of(block));
-        let hidden = self.run(clean..block.end);
-        let logits = self.llama.logits_of_rows(&hidden, answer.start - clean..answer.end - clean);
         let quota = match self.options.schedule {
             Schedule::Fixed { steps } => {
                 let n = answer.len();
@@ -266,7 +264,18 @@ impl<'a> BlockSession<'a> {
             }
             Schedule::Threshold(t) => Quota::AtLeast(t),
         };
-        let outcome = self.canvas.commit(&logits, answer.start, quota, self.options.remasking);
+        let wanted = match (self.recorded.is_empty(), passes) {
+            (true, _) => Wanted::Surely,
+            (false, 0) => Wanted::WhileGoing,
+            (false, _) => Wanted::WhileOpen,
+        };
+        let (llama, remasking) = (self.llama, self.options.remasking);
+        let rows = answer.start - clean..answer.end - clean;
+        let canvas = self.canvas.clone();
+        let outcome = canvas.pass_if(wanted, || {
+            let hidden = self.run(clean..block.end);
+            canvas.commit(&llama.logits_of_rows(&hidden, rows), answer.start, quota, remasking)
+        });
         self.recorded.push_back((block.start, outcome));
         self.plan.clean = block.start;
         self.plan.passes += 1;

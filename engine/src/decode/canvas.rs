@@ -26,7 +26,9 @@ const RECORD: usize = 4;
 /// A temperature above this drowns every logit just the same, and does not overflow.
 const HOTTEST: f32 = 1e30;
 
-/// The tokens of a decoding, and how they are chosen. A position is open while it holds the token `hole`.
+/// The tokens of a decoding, and how they are chosen. A position is open while it holds the token `hole`. Clones share
+/// the memory.
+#[derive(Clone)]
 pub struct Canvas {
     /// u32 [capacity, 1].
     tokens: Tensor,
@@ -37,6 +39,17 @@ pub struct Canvas {
     stop_count: usize,
     hole: u32,
     sampler: Sampler,
+}
+
+/// When a pass that is recorded ahead is wanted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Wanted {
+    /// In any case.
+    Surely,
+    /// Unless the answer has ended.
+    WhileGoing,
+    /// Unless the answer has ended or the rows of the last commit are full.
+    WhileOpen,
 }
 
 /// How many of the open positions a pass commits.
@@ -112,6 +125,16 @@ impl Canvas {
             hole,
             sampler,
         }
+    }
+
+    /// Records a pass that the device skips where `wanted` does not hold any more.
+    pub(super) fn pass_if<R>(&self, wanted: Wanted, pass: impl FnOnce() -> R) -> R {
+        let word = match wanted {
+            Wanted::Surely => return pass(),
+            Wanted::WhileGoing => 1,
+            Wanted::WhileOpen => 2,
+        };
+        self.tokens.gpu().only_if(self.state.buffer(), word, pass)
     }
 
     /// The tokens at `rows`, u32 [rows, 1].

@@ -240,10 +240,11 @@ pub fn generate(
 }
 
 /// How many passes a session records before it waits for the first of them, unless told otherwise. A GPU gets the next
-/// pass while the host still waits for this one, so it never idles, and at most one pass a block is one too many. A
-/// software adapter computes on the host's own cores: there nothing is gained, and the pass too many is lost.
+/// pass while the host still waits for this one, so it never idles; where that pass turns out to be one too many, the
+/// device skips it. A software adapter computes on the host's own cores, where nothing is gained by looking ahead, and
+/// an adapter that cannot skip work would do it for nothing.
 pub fn look_ahead(gpu: &Gpu) -> usize {
-    if gpu.adapter().is_software() { 1 } else { 2 }
+    if gpu.adapter().is_software() || !gpu.can_skip() { 1 } else { 2 }
 }
 
 /// Refuses prompts and options that fit no mode; returns the length of prompt and answer in tokens.

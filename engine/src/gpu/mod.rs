@@ -7,6 +7,7 @@
 mod adapter;
 mod batch;
 mod buffer;
+mod hash;
 mod kernel;
 mod memory;
 mod profile;
@@ -63,10 +64,13 @@ pub(crate) struct GpuInner {
     device: wgpu::Device,
     queue: wgpu::Queue,
     max_binding: u64,
+    max_buffer: u64,
     arena: wgpu::Buffer,
     pool: RefCell<Pool>,
     batch: RefCell<Batch>,
     cache: RefCell<Cache>,
+    /// Buffers of `only_if`, made when it is first used.
+    gate: RefCell<Option<(Buffer, Buffer)>>,
     stats: RefCell<Stats>,
     timestamps: RefCell<Option<Timestamps>>,
     staging: RefCell<Vec<wgpu::Buffer>>,
@@ -150,6 +154,7 @@ impl Gpu {
             options.timestamps && device.features().contains(wgpu::Features::TIMESTAMP_QUERY);
         Gpu(Rc::new(GpuInner {
             max_binding: options.max_binding.unwrap_or(u64::MAX).min(device_binding),
+            max_buffer: limits.max_buffer_size & !255,
             budget: Cell::new(options.budget.unwrap_or(u64::MAX)),
             timestamps: RefCell::new(timed.then(|| Timestamps::new(&device))),
             entry,
@@ -160,6 +165,7 @@ impl Gpu {
             pool: RefCell::default(),
             batch: RefCell::default(),
             cache: RefCell::default(),
+            gate: RefCell::default(),
             stats: RefCell::default(),
             staging: RefCell::default(),
             fault: RefCell::default(),
