@@ -27,11 +27,12 @@ fn main(
     var sum = 0.0;
     for (var d = lane; d < p.d; d += WG) {
         let value = x[base + d] + y[base + d];
-        z[base + d] = value;
         sum += value * value;
     }
     let scale = 1.0 / sqrt(reduce_sum(sum, lane) / f32(p.d) + p.eps);
     for (var d = lane; d < p.d; d += WG) {
-        n[base + d] = z[base + d] * scale * w[d];
+        let value = x[base + d] + y[base + d];
+        z[base + d] = value;
+        n[base + d] = value * scale * w[d];
     }
 }

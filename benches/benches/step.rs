@@ -107,8 +107,8 @@ fn gpu_computes() -> Result<bool> {
     Ok(open(false)?.adapter().info.backend != wgpu::Backend::Noop)
 }
 
-/// Whole answers, with 1, 2 and 4 passes recorded ahead: what skipped passes and waits cost. A model without a mask token
-/// takes token 0 for it; only the time counts.
+/// Whole answers, with 1, 2 and 4 passes recorded ahead: what skipped passes and waits cost. A model without a mask
+/// token takes token 0 for it; only the time counts.
 fn generate(path: &Path) -> Result<()> {
     let gpu = open(false)?;
     let model = Llama::load(&gpu, path, Precision::Stored)?;
@@ -117,7 +117,7 @@ fn generate(path: &Path) -> Result<()> {
     let block = |schedule| Mode::Block(BlockOptions { schedule, ..BlockOptions::new(mask, 4) });
     let modes = [
         ("fixed, 2 passes a block", block(Schedule::Fixed { steps: 2 })),
-        ("threshold 0.3", block(Schedule::Threshold(0.3))),
+        ("threshold 0, 1 pass a block", block(Schedule::Threshold(0.0))),
         ("autoregressive", Mode::Autoregressive(AutoregressiveOptions::default())),
     ];
     for (name, mode) in modes {

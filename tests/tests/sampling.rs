@@ -236,7 +236,7 @@ fn broken_logits_are_an_error_and_commit_nothing() {
     let minus = |keep: Option<usize>| {
         let mut logits = fine.clone();
         logits[1] = vec![f32::NEG_INFINITY; v];
-        keep.map(|at| logits[1][at] = 2.0);
+        keep.into_iter().for_each(|at| logits[1][at] = 2.0);
         Pass::new(logits)
     };
     for pass in [with(0, f32::NAN), with(4999, -f32::NAN), with(4200, f32::INFINITY), minus(None)] {

@@ -92,7 +92,7 @@ impl<'a> AutoregressiveSession<'a> {
             eos_ids: options.eos_ids.clone(),
             cache: KvCache::new(llama.gpu(), llama.config(), total),
             recorded: VecDeque::new(),
-            look_ahead: look_ahead(llama.gpu()),
+            look_ahead: look_ahead(llama.gpu(), false),
             tokens: prompt.to_vec(),
             prompt: prompt.len(),
             total,

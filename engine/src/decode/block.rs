@@ -164,7 +164,7 @@ impl<'a> BlockSession<'a> {
             cache: KvCache::new(llama.gpu(), config, total.max(1)),
             plan: Plan { clean: 0, block: 0..0, passes: 0, enough: 0 },
             recorded: VecDeque::new(),
-            look_ahead: look_ahead(llama.gpu()),
+            look_ahead: look_ahead(llama.gpu(), matches!(block.schedule, Schedule::Threshold(_))),
             tokens,
             holes: (0..total).map(|i| i >= prompt.len()).collect(),
             prompt: prompt.len(),

@@ -239,12 +239,13 @@ pub fn generate(
     })
 }
 
-/// How many passes a session records before it waits for the first of them, unless told otherwise. A GPU gets the next
-/// pass while the host still waits for this one, so it never idles; where that pass turns out to be one too many, the
-/// device skips it. A software adapter computes on the host's own cores, where nothing is gained by looking ahead, and
-/// an adapter that cannot skip work would do it for nothing.
-pub fn look_ahead(gpu: &Gpu) -> usize {
-    if gpu.adapter().is_software() || !gpu.can_skip() { 1 } else { 2 }
+/// How many passes a session records before it waits for the first of them, unless told otherwise. With two, the device
+/// finds its next pass while the host still waits for this one, and never idles. Where `surplus` says that the next
+/// pass may turn out to be one too many, the device must be able to skip it, and that must be cheap: on a software
+/// adapter the skipping takes the host's own cores.
+pub fn look_ahead(gpu: &Gpu, surplus: bool) -> usize {
+    let skips_for_little = gpu.can_skip() && !gpu.adapter().is_software();
+    if surplus && !skips_for_little { 1 } else { 2 }
 }
 
 /// Refuses prompts and options that fit no mode; returns the length of prompt and answer in tokens.

@@ -89,7 +89,8 @@ impl Gpu {
     /// Release builds run kernels without bounds checks: a kernel given here must keep to its buffers.
     ///
     /// # Panics
-    /// If a buffer is both read and written, or twice written, there are more than eight, or the parameters are too large.
+    /// If a buffer is both read and written, or twice written, there are more than eight, or the parameters are too
+    /// large.
     pub fn dispatch(
         &self,
         variant: Variant<'_>,
