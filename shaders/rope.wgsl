@@ -5,7 +5,7 @@
 // dispatch  256 invocations a workgroup, folded; one turns a piece of 8 heads of a token by the same angles
 #import grid
 #import quad
-#import angle
+#import rotation
 struct Params { n: u32, pieces: u32, heads: u32, positions: u32, sign: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;           // [B, T, N, H / 4]
@@ -27,14 +27,12 @@ fn main(
     let parts = (p.heads + 7u) / 8u;
     let token = item / p.pieces / parts;
     let first = item / p.pieces % parts * 8u;
-    // Hugging Face rounds this product to f32. The max changes nothing; it keeps compilers from fusing the
-    // product into the subtraction behind it, which would leave it unrounded.
-    let position = f32(positions[token % p.positions]);
-    let angle = max(position * piece(frequency[quad_of_piece(d)], d), vec4<f32>());
-    let a0 = cos_sin(angle.x);
-    let a1 = cos_sin(angle.y);
-    let a2 = cos_sin(angle.z);
-    let a3 = cos_sin(angle.w);
+    let position = positions[token % p.positions];
+    let f = piece(frequency[quad_of_piece(d)], d);
+    let a0 = cos_sin(rotary_angle(position, f.x));
+    let a1 = cos_sin(rotary_angle(position, f.y));
+    let a2 = cos_sin(rotary_angle(position, f.z));
+    let a3 = cos_sin(rotary_angle(position, f.w));
     let c = vec4<f32>(a0.x, a1.x, a2.x, a3.x);
     let s = vec4<f32>(a0.y, a1.y, a2.y, a3.y) * p.sign;
     for (var head = first; head < min(first + 8u, p.heads); head += 1u) {

@@ -6,6 +6,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use demask_engine::autograd::{Gradients, backward};
+use demask_engine::decode::{
+    AutoregressiveOptions, AutoregressiveSession, BlockOptions, BlockSession, DecodeOptions, Mode,
+    Schedule, Session,
+};
 use demask_engine::gpu::{Gpu, GpuOptions};
 use demask_engine::model::{Inputs, KvCache, Llama, Precision};
 use demask_engine::ops::{AttentionOptions, Mask, Supervision, linear_cross_entropy};
@@ -21,6 +25,9 @@ fn main() -> ExitCode {
     };
     let run = || -> Result<()> {
         decode(Path::new(model))?;
+        if gpu_computes()? {
+            generate(Path::new(model))?;
+        }
         if arguments.iter().any(|a| a == "train") { train(Path::new(model)) } else { Ok(()) }
     };
     match run() {
@@ -32,9 +39,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs `step` three times untimed by the device (the last one counts), then once with timestamps.
+/// Runs `step` five times untimed by the device (the last one counts), then once with timestamps.
 fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>) -> Result<()> {
-    for _ in 0..3 {
+    for _ in 0..5 {
         gpu.reset_stats();
         gpu.reset_peak();
         let start = Instant::now();
@@ -43,8 +50,9 @@ fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>)
         let wall = start.elapsed();
         let stats = gpu.stats();
         let host = stats.host_time.as_secs_f64() * 1e6 / stats.dispatches.max(1) as f64;
+        let whole = wall.as_secs_f64() * 1e6 / stats.dispatches.max(1) as f64;
         println!(
-            "{name}: {} dispatches ({} new bind groups) in {} batches, host {host:.2} µs a dispatch, submit {:.3} s, wall {:.3} s, peak {:.0} MB",
+            "{name}: {} dispatches ({} new bind groups) in {} batches, host {host:.2} µs a dispatch, submit {:.4} s, wall {:.4} s ({whole:.2} µs a dispatch), peak {:.0} MB",
             stats.dispatches,
             stats.bind_groups,
             stats.submits,
@@ -90,6 +98,60 @@ fn decode(path: &Path) -> Result<()> {
             model.logits(&hidden).to_vec().map(drop)
         };
         report(&format!("decode of {rows} rows"), models[0].gpu(), models[1].gpu(), step)?;
+    }
+    Ok(())
+}
+
+/// False on wgpu's noop backend, where no token is ever chosen.
+fn gpu_computes() -> Result<bool> {
+    Ok(open(false)?.adapter().info.backend != wgpu::Backend::Noop)
+}
+
+/// Whole answers, with 1, 2 and 4 passes recorded ahead: what skipped passes and waits cost. A model without a mask
+/// token takes token 0 for it; only the time counts.
+fn generate(path: &Path) -> Result<()> {
+    let gpu = open(false)?;
+    let model = Llama::load(&gpu, path, Precision::Stored)?;
+    let prompt: Vec<u32> = (0..16).map(|i| 20 + i % 200).collect();
+    let mask = model.config().mask_token_id.unwrap_or(0);
+    let block = |schedule| Mode::Block(BlockOptions { schedule, ..BlockOptions::new(mask, 4) });
+    let modes = [
+        ("fixed, 2 passes a block", block(Schedule::Fixed { steps: 2 })),
+        ("threshold 0, 1 pass a block", block(Schedule::Threshold(0.0))),
+        ("autoregressive", Mode::Autoregressive(AutoregressiveOptions::default())),
+    ];
+    for (name, mode) in modes {
+        let options =
+            DecodeOptions { mode, max_tokens: 16, temperature: 0.0, seed: 0, eos_ids: vec![] };
+        for round in 0..2 {
+            for ahead in [1, 2, 4] {
+                gpu.reset_stats();
+                let start = Instant::now();
+                let mut session: Box<dyn Session> = match &options.mode {
+                    Mode::Block(_) => Box::new(
+                        BlockSession::new(&model, &prompt, &options)?.with_look_ahead(ahead),
+                    ),
+                    Mode::Autoregressive(_) => Box::new(
+                        AutoregressiveSession::new(&model, &prompt, &options)?
+                            .with_look_ahead(ahead),
+                    ),
+                };
+                while session.finished().is_none() {
+                    session.advance(&mut Vec::new())?;
+                }
+                let seconds = start.elapsed().as_secs_f64();
+                let stats = gpu.stats();
+                if round > 0 {
+                    println!(
+                        "{name}, {ahead} ahead: {:.1} tokens/s, {} passes, {} dispatches, host {:.2} µs a dispatch",
+                        16.0 / seconds,
+                        session.counters().passes,
+                        stats.dispatches,
+                        stats.host_time.as_secs_f64() * 1e6 / stats.dispatches as f64
+                    );
+                }
+            }
+        }
     }
     Ok(())
 }

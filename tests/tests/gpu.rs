@@ -139,3 +139,41 @@ fn timestamps_name_kernels_where_they_exist() {
     }
     println!("host time per dispatch: {:?}", stats.host_time / 300);
 }
+
+const COUNT: Kernel = Kernel::new(
+    "count",
+    "struct Params { n: u32 }
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read_write> y: array<u32>;
+@compute @workgroup_size(64)
+fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+    if id.x < p.n {
+        y[id.x] += 1u;
+    }
+}",
+);
+
+#[test]
+fn the_device_skips_work_whose_condition_does_not_hold() {
+    let Some(gpu) = checked_gpu() else { return };
+    if !gpu.can_skip() {
+        println!("SKIPPED: {} cannot skip work", gpu.adapter().describe());
+        return;
+    }
+    let flag = Tensor::from_u32(&gpu, &[0, 7], [2]);
+    let y = Tensor::zeros(&gpu, [100], DType::U32, "count");
+    // More than one batch holds.
+    let count = |n: u32| (0..n).for_each(|_| COUNT.run(&100u32, &[], &[&y], [2, 1, 1]));
+    let read = || y.to_vec_u32().expect("the device works");
+    gpu.only_if(flag.buffer(), 0, || count(300));
+    assert_eq!(read(), [0; 100]);
+    gpu.only_if(flag.buffer(), 1, || count(300));
+    count(1);
+    gpu.only_if(flag.buffer(), 0, || count(1));
+    assert_eq!(read(), [301; 100]);
+    // The condition is asked when the device gets there, not when the work is recorded.
+    let late = Tensor::zeros(&gpu, [100], DType::U32, "late");
+    COUNT.run(&100u32, &[], &[&late], [2, 1, 1]);
+    gpu.only_if(late.buffer(), 99, || count(2));
+    assert_eq!(read(), [303; 100]);
+}

@@ -7,6 +7,10 @@
 //! at once, exactly, because the finished block cannot see the open one. The reference
 //! implementation runs it by itself instead (`fused: false`).
 //!
+//! A pass decides on the device (`canvas.rs`), so the passes of a block, and of the next one, can be recorded before
+//! their outcomes are known: up to `look_ahead` of them. The host replays the outcomes in order. A pass that turns out
+//! to be one too many, behind a full block or a finished answer, changes nothing and is not counted.
+//!
 //! Where this deviates from the reference implementation: a hole is known by position, so that a
 //! mask token in the prompt is an ordinary token; the mask token is never proposed; the threshold
 //! schedule runs until the block is full; a block ends as soon as everything up to its stop token
@@ -15,10 +19,11 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use super::canvas::{Canvas, Outcome, Proposal, Quota, Wanted};
 use super::{Counters, DecodeOptions, Event, FinishReason, Mode, PREFILL_ROWS, Sampler, Session};
-use super::{check_ids, check_request, not_finite};
+use super::{check_ids, check_request, look_ahead};
 use crate::model::{KvCache, Llama};
-use crate::ops::{self, Mask};
+use crate::ops::Mask;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -98,35 +103,39 @@ impl BlockOptions {
 pub struct BlockSession<'a> {
     llama: &'a Llama,
     options: BlockOptions,
-    sampler: Sampler,
     eos_ids: Vec<u32>,
+    canvas: Canvas,
     cache: KvCache,
-    /// Prompt and answer, `[P + max_tokens]`; holes hold the mask token.
+    plan: Plan,
+    /// Passes recorded whose outcomes were not replayed, oldest first, each with the start of its block.
+    recorded: VecDeque<(usize, Outcome)>,
+    /// How many passes may be recorded at a time.
+    look_ahead: usize,
+    /// Prompt and answer as far as replayed, `[P + max_tokens]`; holes hold the mask token.
     tokens: Vec<u32>,
     /// Which positions are open, `[P + max_tokens]`.
     holes: Vec<bool>,
     /// Length of the prompt, P.
     prompt: usize,
-    /// Rows of the cache that hold keys and values of final tokens. The next pass starts here, and
-    /// overwrites whatever earlier passes left behind this row.
-    clean: usize,
-    /// The block being filled; its first positions may belong to the prompt.
+    /// The block being replayed; its first positions may belong to the prompt.
     block: Range<usize>,
     /// Forward passes done when this block was opened.
     forwards_before: usize,
-    /// How many positions each of the coming passes commits (fixed schedule only).
-    quotas: VecDeque<usize>,
     counters: Counters,
     finished: Option<FinishReason>,
 }
 
-/// What a pass proposes for one hole.
-struct Candidate {
-    position: usize,
-    token: u32,
-    confidence: f32,
-    /// What decides about the commit: the confidence, or a random number.
-    priority: f32,
+/// How far passes are recorded.
+struct Plan {
+    /// Rows of the cache that hold keys and values of final tokens. The next pass starts here, and overwrites whatever
+    /// earlier passes left behind this row.
+    clean: usize,
+    /// The block that the next pass works on.
+    block: Range<usize>,
+    /// Passes over this block so far.
+    passes: usize,
+    /// After this many passes the block is surely full.
+    enough: usize,
 }
 
 impl<'a> BlockSession<'a> {
@@ -146,29 +155,35 @@ impl<'a> BlockSession<'a> {
         let block_length = block.block_length.min(config.max_position_embeddings);
         let mut tokens = prompt.to_vec();
         tokens.resize(total, block.mask_id);
+        let sampler =
+            Sampler { temperature: options.temperature, seed: options.seed, ..Sampler::greedy() };
         let mut session = BlockSession {
             llama,
-            sampler: Sampler {
-                temperature: options.temperature,
-                seed: options.seed,
-                forbidden: Some(block.mask_id),
-                ..Sampler::greedy()
-            },
             eos_ids: options.eos_ids.clone(),
+            canvas: Canvas::new(llama.gpu(), &tokens, block.mask_id, sampler, &options.eos_ids),
             cache: KvCache::new(llama.gpu(), config, total.max(1)),
+            plan: Plan { clean: 0, block: 0..0, passes: 0, enough: 0 },
+            recorded: VecDeque::new(),
+            look_ahead: look_ahead(llama.gpu(), matches!(block.schedule, Schedule::Threshold(_))),
             tokens,
             holes: (0..total).map(|i| i >= prompt.len()).collect(),
             prompt: prompt.len(),
-            clean: 0,
             block: 0..0,
             forwards_before: 0,
-            quotas: VecDeque::new(),
             counters: Counters::default(),
             finished: None,
             options: BlockOptions { block_length, ..block.clone() },
         };
-        session.open(session.aligned());
+        session.block = session.block_from(session.aligned());
+        session.plan(session.block.clone());
         Ok(session)
+    }
+
+    /// Lets up to `passes` (at least 1) be recorded before the outcome of the first of them is known. The answer and
+    /// the events are the same; only time differs. See [`look_ahead`] for the default.
+    pub fn with_look_ahead(mut self, passes: usize) -> Self {
+        self.look_ahead = passes.max(1);
+        self
     }
 
     /// Prompt tokens in whole blocks; the rest of the prompt begins the first block.
@@ -176,36 +191,40 @@ impl<'a> BlockSession<'a> {
         self.prompt / self.options.block_length * self.options.block_length
     }
 
-    fn mask(&self) -> Mask {
-        Mask::BlockCausal(self.options.block_length)
+    fn block_from(&self, start: usize) -> Range<usize> {
+        start..(start + self.options.block_length).min(self.tokens.len())
     }
 
-    fn open(&mut self, start: usize) {
-        let end = (start + self.options.block_length).min(self.tokens.len());
-        self.block = start..end;
-        self.forwards_before = self.counters.forwards;
-        if let Schedule::Fixed { steps } = self.options.schedule {
-            let n = self.holes[start..end].iter().filter(|&&hole| hole).count();
-            let quota = |step: usize| n / steps + usize::from(step < n % steps);
-            self.quotas = (0..steps.min(n)).map(quota).collect();
-        }
+    /// The part of a block that belongs to the answer.
+    fn answer_of(&self, block: &Range<usize>) -> Range<usize> {
+        block.start.max(self.prompt)..block.end
+    }
+
+    /// The next passes work on this block.
+    fn plan(&mut self, block: Range<usize>) {
+        let n = self.answer_of(&block).len();
+        let enough = match self.options.schedule {
+            Schedule::Fixed { steps } => steps.min(n),
+            Schedule::Threshold(_) => n,
+        };
+        self.plan = Plan { block, passes: 0, enough, ..self.plan };
     }
 
     /// Rows of the prompt that the next pass only reads; `None` if the block's passes can begin.
     fn next_prefill(&self) -> Option<Range<usize>> {
         let b = self.options.block_length;
         let most = (PREFILL_ROWS / b).max(1) * b;
-        let left = self.aligned().saturating_sub(self.clean);
+        let left = self.aligned().saturating_sub(self.plan.clean);
         // The last rows of the prompt can share the first block's first pass.
         let alone = left > if self.options.fused { most } else { 0 };
-        alone.then(|| self.clean..self.clean + left.min(most))
+        alone.then(|| self.plan.clean..self.plan.clean + left.min(most))
     }
 
     fn prefill(&mut self, rows: Range<usize>, events: &mut Vec<Event>) -> Result<()> {
         self.run(rows.clone());
         // Nothing is read back, but a caller who breaks off should not wait for the whole prompt.
         self.llama.gpu().sync()?;
-        self.clean = rows.end;
+        self.plan.clean = rows.end;
         self.counters.prefills += 1;
         events.push(Event::Prefilled { tokens: rows.end, total: self.aligned() });
         Ok(())
@@ -213,69 +232,75 @@ impl<'a> BlockSession<'a> {
 
     /// Runs the tokens at `rows` behind the cache and returns their hidden states, `[rows, D]`.
     fn run(&mut self, rows: Range<usize>) -> Tensor {
-        let mask = self.mask();
-        self.llama.step(&self.tokens[rows.clone()], rows.start, mask, &mut self.cache)
+        let mask = Mask::BlockCausal(self.options.block_length);
+        let tokens = self.canvas.rows(rows.clone());
+        self.llama.step_on_device(&tokens, rows.start, mask, &mut self.cache)
     }
 
-    /// One pass over the open block, and over whatever final tokens the cache still lacks before
-    /// it.
-    fn denoise(&mut self, events: &mut Vec<Event>) -> Result<()> {
-        let first = self.clean;
-        let hidden = self.run(first..self.block.end);
-        self.clean = self.block.start;
-        let mut candidates = self.candidates(&hidden, first)?;
-        for c in &candidates {
-            let Candidate { position, token, confidence, .. } = *c;
+    /// Gives the planned block's final keys and values to the cache, where no pass of the next block does.
+    fn seal(&mut self) {
+        if !self.options.fused && self.plan.clean < self.plan.block.end {
+            self.run(self.plan.block.clone());
+            self.plan.clean = self.plan.block.end;
+        }
+    }
+
+    /// Records one more pass: over the planned block, and over whatever final tokens the cache still lacks before it.
+    /// False if nothing is left to record.
+    fn record(&mut self) -> bool {
+        if self.plan.passes == self.plan.enough {
+            if self.plan.block.end == self.tokens.len() {
+                return false;
+            }
+            self.seal();
+            self.plan(self.block_from(self.plan.block.end));
+        }
+        let Plan { clean, ref block, passes, .. } = self.plan;
+        let (block, answer) = (block.clone(), self.answer_of(block));
+        let quota = match self.options.schedule {
+            Schedule::Fixed { steps } => {
+                let n = answer.len();
+                Quota::Best(n / steps + usize::from(passes < n % steps))
+            }
+            Schedule::Threshold(t) => Quota::AtLeast(t),
+        };
+        let wanted = match (self.recorded.is_empty(), passes) {
+            (true, _) => Wanted::Surely,
+            (false, 0) => Wanted::WhileGoing,
+            (false, _) => Wanted::WhileOpen,
+        };
+        let (llama, remasking) = (self.llama, self.options.remasking);
+        let rows = answer.start - clean..answer.end - clean;
+        let canvas = self.canvas.clone();
+        let outcome = canvas.pass_if(wanted, || {
+            let hidden = self.run(clean..block.end);
+            canvas.commit(&llama.logits_of_rows(&hidden, rows), answer.start, quota, remasking)
+        });
+        self.recorded.push_back((block.start, outcome));
+        self.plan.clean = block.start;
+        self.plan.passes += 1;
+        true
+    }
+
+    /// Tells what a pass did.
+    fn replay(&mut self, proposals: &[Proposal], events: &mut Vec<Event>) {
+        for &Proposal { position, token, confidence, .. } in proposals {
             events.push(Event::Proposed { position, token, confidence });
         }
-        // The sort is stable: among equals the leftmost comes first.
-        candidates.sort_by(|a, b| b.priority.total_cmp(&a.priority));
-        candidates.truncate(self.quota(&candidates));
-        candidates.sort_by_key(|c| c.position);
-        for Candidate { position, token, confidence, .. } in candidates {
+        let pass = self.counters.passes;
+        for &Proposal { position, token, confidence, .. } in
+            proposals.iter().filter(|p| p.committed)
+        {
             self.tokens[position] = token;
             self.holes[position] = false;
             self.counters.tokens += 1;
-            let pass = self.counters.passes;
             events.push(Event::Committed { position, token, confidence, pass });
         }
         self.counters.passes += 1;
         self.counters.forwards += 1;
-        Ok(())
-    }
-
-    /// A candidate for each hole of the block, left to right; `first` is the position of row 0 of
-    /// `hidden`. The one read-back of a pass.
-    fn candidates(&self, hidden: &Tensor, first: usize) -> Result<Vec<Candidate>> {
-        let holes: Vec<usize> = self.block.clone().filter(|&i| self.holes[i]).collect();
-        let (Some(&start), Some(&last)) = (holes.first(), holes.last()) else {
-            return Ok(Vec::new());
-        };
-        let rows = ops::rows(hidden, start - first, last + 1 - start);
-        let logits = self.llama.logits(&rows).to_vec()?;
-        let v = self.llama.config().vocab_size;
-        let pass = self.counters.passes;
-        let candidate = |position: usize| {
-            let row = &logits[(position - start) * v..][..v];
-            let choice =
-                self.sampler.choose(row, position, pass).ok_or_else(|| not_finite(position))?;
-            let priority = match self.options.remasking {
-                Remasking::LowConfidence => choice.confidence,
-                Remasking::Random => self.sampler.order(position, pass),
-            };
-            let (token, confidence) = (choice.token, choice.confidence);
-            Ok(Candidate { position, token, confidence, priority })
-        };
-        holes.into_iter().map(candidate).collect()
-    }
-
-    /// How many of the candidates, best first, this pass commits: at least one.
-    fn quota(&mut self, candidates: &[Candidate]) -> usize {
-        match self.options.schedule {
-            Schedule::Fixed { .. } => self.quotas.pop_front().unwrap_or(candidates.len()),
-            Schedule::Threshold(t) => {
-                candidates.iter().take_while(|c| c.priority >= t).count().max(1)
-            }
+        let end = self.answer_end();
+        if !self.holes[self.block.start..end].contains(&true) {
+            self.close(end, events);
         }
     }
 
@@ -284,18 +309,21 @@ impl<'a> BlockSession<'a> {
     /// here.
     fn answer_end(&self) -> usize {
         let is_stop = |i: &usize| !self.holes[*i] && self.eos_ids.contains(&self.tokens[*i]);
-        let mut answer = self.block.start.max(self.prompt)..self.block.end;
-        answer.find(is_stop).unwrap_or(self.block.end)
+        self.answer_of(&self.block).find(is_stop).unwrap_or(self.block.end)
     }
 
     /// Ends the block whose answer ends at `end`, and opens the next one if there is one.
     fn close(&mut self, end: usize, events: &mut Vec<Event>) {
         let stopped = end < self.block.end;
-        if !self.options.fused && !stopped {
-            self.run(self.block.clone());
-            self.clean = self.block.end;
-            self.counters.forwards += 1;
+        // Passes that were recorded for this block and not needed did nothing.
+        self.recorded.retain(|(start, _)| *start != self.block.start);
+        if self.plan.block == self.block {
+            self.plan.enough = self.plan.passes;
+            if !stopped {
+                self.seal();
+            }
         }
+        self.counters.forwards += usize::from(!self.options.fused && !stopped);
         let start = self.block.start.max(self.prompt);
         events.push(Event::BlockDone {
             start,
@@ -308,11 +336,13 @@ impl<'a> BlockSession<'a> {
         } else if self.block.end == self.tokens.len() {
             self.finish(FinishReason::Length, events);
         } else {
-            self.open(self.block.end);
+            self.block = self.block_from(self.block.end);
+            self.forwards_before = self.counters.forwards;
         }
     }
 
     fn finish(&mut self, reason: FinishReason, events: &mut Vec<Event>) {
+        self.recorded.clear();
         self.finished = Some(reason);
         events.push(Event::Finished { reason });
     }
@@ -330,11 +360,11 @@ impl Session for BlockSession<'_> {
         if let Some(rows) = self.next_prefill() {
             return self.prefill(rows, events);
         }
-        self.denoise(events)?;
-        let end = self.answer_end();
-        if !self.holes[self.block.start..end].contains(&true) {
-            self.close(end, events);
-        }
+        while self.recorded.len() < self.look_ahead && self.record() {}
+        let (_, outcome) =
+            self.recorded.pop_front().expect("the last block is full when its passes are done");
+        let proposals = outcome.wait()?;
+        self.replay(&proposals, events);
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 
 mod autoregressive;
 mod block;
+mod canvas;
 mod sampler;
 mod score;
 
@@ -12,9 +13,11 @@ use std::time::Instant;
 
 pub use autoregressive::{AutoregressiveOptions, AutoregressiveSession};
 pub use block::{BlockOptions, BlockSession, Remasking, Schedule};
+pub use canvas::{Canvas, Outcome, Proposal, Quota};
 pub use sampler::{Choice, Sampler};
 pub use score::{bits_per_byte, perplexity, score};
 
+use crate::gpu::Gpu;
 use crate::model::{Llama, LlamaConfig};
 use crate::{Error, Result};
 
@@ -172,10 +175,11 @@ pub struct Generation {
     pub seconds: f64,
 }
 
-/// A decoding in progress; each call of `advance` runs one forward pass (and a commit pass behind
+/// A decoding in progress; each call of `advance` tells of one forward pass (and a commit pass behind
 /// it, where that is not fused).
 pub trait Session {
-    /// Runs the next pass and appends its events. Does nothing once finished.
+    /// Waits for the next pass and appends its events, having recorded the passes behind it as far as the session
+    /// looks ahead. Does nothing once finished.
     ///
     /// # Errors
     /// A device fault, or logits that are not finite. The session cannot go on after an error.
@@ -233,6 +237,15 @@ pub fn generate(
         finish_reason: session.finished().unwrap_or(FinishReason::Interrupted),
         seconds: began.elapsed().as_secs_f64(),
     })
+}
+
+/// How many passes a session records before it waits for the first of them, unless told otherwise. With two, the device
+/// finds its next pass while the host still waits for this one, and never idles. Where `surplus` says that the next
+/// pass may turn out to be one too many, the device must be able to skip it, and that must be cheap: on a software
+/// adapter the skipping takes the host's own cores.
+pub fn look_ahead(gpu: &Gpu, surplus: bool) -> usize {
+    let skips_for_little = gpu.can_skip() && !gpu.adapter().is_software();
+    if surplus && !skips_for_little { 1 } else { 2 }
 }
 
 /// Refuses prompts and options that fit no mode; returns the length of prompt and answer in tokens.

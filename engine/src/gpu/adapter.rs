@@ -54,7 +54,12 @@ pub async fn list() -> Vec<AdapterEntry> {
 
 /// The adapters among which `wanted` is looked for: OpenGL, whose drivers are slow to load and talk on stderr, is only
 /// asked where nothing else exists or an adapter is named. OpenGL comes last, so positions are those of [`list`].
+/// `noop`, named exactly, is wgpu's backend that computes nothing: benches measure host time on it. It exists only
+/// where the crate above turns wgpu's feature of that name on.
 pub(super) async fn candidates(wanted: Option<&str>) -> Vec<AdapterEntry> {
+    if wanted == Some("noop") {
+        return list_of(wgpu::Backends::NOOP).await;
+    }
     if wanted.is_none() {
         let entries = list_of(wgpu::Backends::all() - wgpu::Backends::GL).await;
         if !entries.is_empty() {
@@ -68,6 +73,13 @@ async fn list_of(backends: wgpu::Backends) -> Vec<AdapterEntry> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.flags = wgpu::InstanceFlags::empty();
     descriptor.backends = backends;
+    descriptor.backend_options.noop = wgpu::NoopBackendOptions {
+        enable: backends == wgpu::Backends::NOOP,
+        limits: Some(wgpu::Limits::default()),
+        features: Some(wgpu::Features::empty()),
+        device_type: Some(wgpu::DeviceType::DiscreteGpu),
+        ..Default::default()
+    };
     let instance = wgpu::Instance::new(descriptor);
     let adapters = instance.enumerate_adapters(backends).await;
     adapters

@@ -2,13 +2,17 @@
 //! reports becomes a typed fault.
 
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Instant;
 
-use super::kernel::{self, Layout, LayoutKey, PipelineKey};
+use super::buffer::Allocation;
+use super::hash::FastMap;
+use super::kernel::{self, Layout, LayoutKey, MOST_BUFFERS, PipelineKey, kernel};
 use super::profile::{TIMED_DISPATCHES, Timestamps};
-use super::{BATCH, Buffer, Gpu, PARAMS_SLOT, Variant};
+use super::{BATCH, Buffer, Gpu, GpuInner, Kernel, PARAMS_SLOT, Variant};
 use crate::{Error, Result};
+
+const GATE: Kernel = kernel!("gate");
 
 /// What wgpu's callbacks say; they may come from any thread.
 pub(super) enum Reported {
@@ -23,17 +27,59 @@ pub(super) struct Batch {
     encoder: Option<wgpu::CommandEncoder>,
     pub pass: Option<wgpu::ComputePass<'static>>,
     params: Vec<u8>,
+    grids: Vec<u32>,
     names: Vec<&'static str>,
     last_buffers: String,
+    condition: Option<Condition>,
+}
+
+/// Dispatches take their grids from `live`, which [`GATE`] fills from `grids` at the start of a batch.
+#[derive(Clone)]
+struct Condition {
+    flag: Buffer,
+    word: u32,
+    grids: Buffer,
+    live: Buffer,
 }
 
 /// Compiled pipelines, their layouts, and bind groups by the buffers they bind.
 #[derive(Default)]
 pub(super) struct Cache {
     layouts: HashMap<LayoutKey, Rc<Layout>>,
-    pipelines: HashMap<PipelineKey, (wgpu::ComputePipeline, Rc<Layout>)>,
-    pub groups: HashMap<Vec<u64>, wgpu::BindGroup>,
-    key: Vec<u64>,
+    /// By the hash of their key.
+    pipelines: FastMap<u64, Pipeline>,
+    pub groups: FastMap<GroupKey, wgpu::BindGroup>,
+}
+
+struct Pipeline {
+    key: PipelineKey,
+    raw: wgpu::ComputePipeline,
+    layout: Rc<Layout>,
+}
+
+/// The layout's counts, then the ids of the buffers, then zeros.
+type GroupKey = [u64; 1 + MOST_BUFFERS];
+
+impl Cache {
+    /// The pipeline of this variant, compiled if it is new.
+    fn pipeline(&mut self, inner: &GpuInner, variant: Variant<'_>, key: LayoutKey) -> &Pipeline {
+        let mut hash = variant.hash(key);
+        // Two variants of one hash, should they ever meet, live side by side.
+        while self.pipelines.get(&hash).is_some_and(|p| !p.key.is(variant, key)) {
+            hash = hash.wrapping_add(1);
+        }
+        self.pipelines.entry(hash).or_insert_with(|| {
+            let layout = self
+                .layouts
+                .entry(key)
+                .or_insert_with(|| Rc::new(Layout::new(&inner.device, key, PARAMS_SLOT as u64)));
+            Pipeline {
+                key: PipelineKey::new(variant, key),
+                raw: kernel::compile(&inner.device, variant, layout, inner.options.checked),
+                layout: layout.clone(),
+            }
+        })
+    }
 }
 
 impl Gpu {
@@ -43,7 +89,8 @@ impl Gpu {
     /// Release builds run kernels without bounds checks: a kernel given here must keep to its buffers.
     ///
     /// # Panics
-    /// If a buffer is both read and written, or twice written, or the parameters are too large.
+    /// If a buffer is both read and written, or twice written, there are more than eight, or the parameters are too
+    /// large.
     pub fn dispatch(
         &self,
         variant: Variant<'_>,
@@ -54,6 +101,7 @@ impl Gpu {
     ) {
         let name = variant.kernel.name;
         assert!(params.len() <= PARAMS_SLOT, "{name}: {} bytes of parameters", params.len());
+        assert!(reads.len() + writes.len() <= MOST_BUFFERS, "{name}: too many buffers");
         for (i, w) in writes.iter().enumerate() {
             let alias = reads.iter().chain(&writes[..i]).any(|other| other.same(w));
             assert!(!alias, "{name}: output {i} aliases another binding");
@@ -87,51 +135,123 @@ impl Gpu {
     ) -> bool {
         let inner = &*self.0;
         let mut batch = inner.batch.borrow_mut();
-        let mut cache = inner.cache.borrow_mut();
-        let Cache { layouts, pipelines, groups, key } = &mut *cache;
-        let layout_key = LayoutKey { reads: reads.len(), writes: writes.len() };
-        let pipeline_key = PipelineKey::new(variant, layout_key);
-        let (pipeline, layout) = pipelines.entry(pipeline_key).or_insert_with(|| {
-            let layout = layouts
-                .entry(layout_key)
-                .or_insert_with(|| {
-                    Rc::new(Layout::new(&inner.device, layout_key, PARAMS_SLOT as u64))
-                })
-                .clone();
-            (kernel::compile(&inner.device, variant, &layout, inner.options.checked), layout)
-        });
-        key.clear();
-        key.push((reads.len() * 64 + writes.len()) as u64);
-        key.extend(reads.iter().chain(writes).map(|b| b.0.id));
-        if !groups.contains_key(key) {
-            let group = bind(&inner.device, &inner.arena, layout, reads, writes);
-            groups.insert(key.clone(), group);
-            inner.stats.borrow_mut().bind_groups += 1;
+        if let Some(condition) = batch.condition.clone().filter(|_| batch.names.is_empty()) {
+            let Condition { flag, word, grids, live } = &condition;
+            let n = 3 * BATCH as u32;
+            let own = [n, *word];
+            let (reads, writes, grid) = ([flag, grids], [live], [n.div_ceil(256), 1, 1]);
+            let own: &[u8] = bytemuck::cast_slice(&own);
+            self.encode(&mut batch, GATE.with(&[]), own, &reads, &writes, grid, false);
+            inner.stats.borrow_mut().dispatches += 1;
         }
+        let conditional = batch.condition.is_some();
+        self.encode(&mut batch, variant, params, reads, writes, grid, conditional);
+        batch.names.len() >= BATCH.min(TIMED_DISPATCHES)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "a dispatch is all of these")]
+    fn encode(
+        &self,
+        batch: &mut Batch,
+        variant: Variant<'_>,
+        params: &[u8],
+        reads: &[&Buffer],
+        writes: &[&Buffer],
+        grid: [u32; 3],
+        conditional: bool,
+    ) {
+        let inner = &*self.0;
+        let mut cache = inner.cache.borrow_mut();
+        let layout_key = LayoutKey { reads: reads.len(), writes: writes.len() };
+        let mut key = [0; 1 + MOST_BUFFERS];
+        key[0] = (reads.len() * 64 + writes.len()) as u64;
+        for (id, buffer) in key[1..].iter_mut().zip(reads.iter().chain(writes)) {
+            *id = buffer.0.id;
+        }
+        let pipeline = cache.pipeline(inner, variant, layout_key);
+        let (pipeline, layout) = (pipeline.raw.clone(), pipeline.layout.clone());
+        let group = cache.groups.entry(key).or_insert_with(|| {
+            inner.stats.borrow_mut().bind_groups += 1;
+            bind(&inner.device, &inner.arena, &layout, reads, writes)
+        });
+        let slot = batch.names.len();
         let offset = batch.params.len();
         batch.params.extend_from_slice(params);
         batch.params.resize(offset + PARAMS_SLOT, 0);
+        batch.grids.extend_from_slice(&grid);
         batch.names.push(variant.kernel.name);
         if inner.options.synchronous || inner.options.checked {
             batch.last_buffers = format!("reads {reads:?}, writes {writes:?}");
         }
+        let live = batch.condition.as_ref().filter(|_| conditional).map(|c| c.live.clone());
         let mut timestamps = inner.timestamps.borrow_mut();
         let pass = batch.pass(&inner.device, timestamps.as_mut(), variant.kernel.name);
-        pass.set_pipeline(pipeline);
-        pass.set_bind_group(0, &groups[key], &[offset as u32]);
-        pass.dispatch_workgroups(grid[0], grid[1], grid[2]);
+        pass.set_pipeline(&pipeline);
+        pass.set_bind_group(0, &*group, &[offset as u32]);
+        match live {
+            Some(live) => pass.dispatch_workgroups_indirect(&live.0.raw, 12 * slot as u64),
+            None => pass.dispatch_workgroups(grid[0], grid[1], grid[2]),
+        }
         if timestamps.is_some() {
             batch.pass = None;
         }
-        batch.names.len() == BATCH.min(TIMED_DISPATCHES)
+    }
+
+    /// True if [`Gpu::only_if`] can skip work here. DirectX gives kernels no number of workgroups when a dispatch
+    /// takes its grid from a buffer, and OpenGL may have no such dispatches.
+    pub fn can_skip(&self) -> bool {
+        use wgpu::Backend::{Metal, Noop, Vulkan};
+        matches!(self.0.entry.info.backend, Vulkan | Metal | Noop)
+    }
+
+    /// Records the dispatches of `work` so that the device skips them if this word of `flag` is 0 when it gets there:
+    /// work can be recorded before it is known to be wanted. Copies are not skipped. Where [`Gpu::can_skip`] says no,
+    /// everything is done.
+    ///
+    /// # Panics
+    /// If one condition stands inside another.
+    pub fn only_if<R>(&self, flag: &Buffer, word: usize, work: impl FnOnce() -> R) -> R {
+        if !self.can_skip() || self.faulted() {
+            return work();
+        }
+        let inner = &*self.0;
+        self.flush();
+        let (grids, live) = inner.gate.borrow_mut().get_or_insert_with(|| self.gate()).clone();
+        let condition = Condition { flag: flag.clone(), word: word as u32, grids, live };
+        let before = inner.batch.borrow_mut().condition.replace(condition);
+        assert!(before.is_none(), "a condition inside a condition");
+        let result = work();
+        self.flush();
+        inner.batch.borrow_mut().condition = None;
+        result
+    }
+
+    /// Grids as recorded, and as the device takes them.
+    fn gate(&self) -> (Buffer, Buffer) {
+        let bytes = (12 * BATCH) as u64;
+        let grids = self.alloc(bytes, "only_if", &"grids");
+        let raw = self.0.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("grids"),
+            size: bytes,
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::INDIRECT,
+            mapped_at_creation: false,
+        });
+        let id = self.0.pool.borrow_mut().adopt(bytes);
+        // Not the pool's: its buffers have another use.
+        (grids, Buffer(Rc::new(Allocation { raw, id, bytes, gpu: Weak::new() })))
     }
 
     /// Submits the open batch without waiting.
     pub fn flush(&self) {
+        let _ = self.submit();
+    }
+
+    /// Submits the open batch, if there is one, and names the submission.
+    pub(super) fn submit(&self) -> Option<wgpu::SubmissionIndex> {
         let inner = &*self.0;
         let mut batch = inner.batch.borrow_mut();
         batch.pass = None;
-        let Some(mut encoder) = batch.encoder.take() else { return };
+        let mut encoder = batch.encoder.take()?;
         let start = Instant::now();
         let mut timestamps = inner.timestamps.borrow_mut();
         let timed = timestamps.as_mut().filter(|t| !t.names.is_empty());
@@ -141,11 +261,14 @@ impl Gpu {
         if !batch.params.is_empty() {
             inner.queue.write_buffer(&inner.arena, 0, &batch.params);
         }
+        if let Some(condition) = &batch.condition {
+            inner.queue.write_buffer(&condition.grids.0.raw, 0, bytemuck::cast_slice(&batch.grids));
+        }
         let commands = encoder.finish();
         let mut stats = inner.stats.borrow_mut();
         stats.host_time += start.elapsed();
         let start = Instant::now();
-        inner.queue.submit([commands]);
+        let submission = inner.queue.submit([commands]);
         stats.submits += 1;
         stats.submit_time += start.elapsed();
         if let Some(t) = timed {
@@ -155,10 +278,12 @@ impl Gpu {
         }
         drop(stats);
         batch.params.clear();
+        batch.grids.clear();
         let names = std::mem::take(&mut batch.names);
         let buffers = std::mem::take(&mut batch.last_buffers);
         drop(batch);
         self.take_report(&names, buffers);
+        Some(submission)
     }
 
     /// Turns what wgpu reported into a typed fault that names the kernels in question.

@@ -1,10 +1,11 @@
 //! Device memory: buffers in size classes that return to a pool when dropped. The queue is in order, so a
 //! buffer dropped on the host may be handed out again at once: whatever was recorded before runs before.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 
 use super::GpuInner;
+use super::hash::FastMap;
 
 /// Bytes of pattern behind each buffer in guard mode.
 pub(super) const GUARD_BYTES: u64 = 256;
@@ -65,7 +66,7 @@ pub struct Memory {
 pub(super) struct Pool {
     /// Free buffers of each class by id. The lowest id is handed out first, whatever the order of the drops: a
     /// step that asks like the one before gets the same buffers, and finds its bind groups in the cache.
-    free: HashMap<u64, BTreeMap<u64, wgpu::Buffer>>,
+    free: FastMap<u64, BTreeMap<u64, wgpu::Buffer>>,
     next_id: u64,
     pub memory: Memory,
 }

@@ -2,6 +2,9 @@
 //! Pipelines are compiled once per variant and kept. Bindings follow one rule, so nobody lists them:
 //! binding 0 is the uniform `Params`, then the inputs (`read`), then the outputs (`read_write`).
 
+use std::hash::Hasher;
+
+use super::hash::FastHasher;
 use super::{Buffer, Gpu, source};
 
 /// WGSL with one entry point `main`, named after its file.
@@ -55,6 +58,17 @@ impl<'a> Variant<'a> {
         Variant { imports, ..self }
     }
 
+    /// The hash of its [`PipelineKey`] under `layout`. Names are left out: the values that a kernel is given tell its
+    /// variants apart well enough.
+    pub(super) fn hash(self, layout: LayoutKey) -> u64 {
+        let mut hasher = FastHasher::default();
+        hasher.write_usize(self.kernel.source.as_ptr() as usize);
+        hasher.write_usize(layout.reads * 64 + layout.writes);
+        self.constants.iter().for_each(|(_, value)| hasher.write_u32(*value));
+        self.imports.iter().for_each(|(_, file)| hasher.write(file.as_bytes()));
+        hasher.finish()
+    }
+
     /// Records one dispatch; see [`Gpu::dispatch`].
     pub fn dispatch(
         self,
@@ -68,10 +82,11 @@ impl<'a> Variant<'a> {
     }
 }
 
-/// What tells one compiled pipeline from another.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+/// Storage buffers that one dispatch may bind: what every WebGPU device has.
+pub(super) const MOST_BUFFERS: usize = 8;
+
+/// What tells one compiled pipeline from another. The text of a kernel is told by its place in memory.
 pub(super) struct PipelineKey {
-    name: &'static str,
     source: usize,
     constants: Vec<(&'static str, u32)>,
     imports: Vec<(&'static str, &'static str)>,
@@ -93,12 +108,19 @@ pub(super) struct Layout {
 impl PipelineKey {
     pub fn new(variant: Variant<'_>, layout: LayoutKey) -> Self {
         PipelineKey {
-            name: variant.kernel.name,
             source: variant.kernel.source.as_ptr() as usize,
             constants: variant.constants.to_vec(),
             imports: variant.imports.to_vec(),
             layout,
         }
+    }
+
+    /// True if this is the key of `variant` under `layout`; allocates nothing.
+    pub fn is(&self, variant: Variant<'_>, layout: LayoutKey) -> bool {
+        self.source == variant.kernel.source.as_ptr() as usize
+            && self.layout == layout
+            && self.constants == variant.constants
+            && self.imports == variant.imports
     }
 }
 

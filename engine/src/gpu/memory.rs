@@ -39,7 +39,7 @@ impl Gpu {
             return self.alloc(0, op, tensor);
         }
         let padded = bytes.next_multiple_of(16);
-        let class = Pool::class(padded + guard).min(inner.device.limits().max_buffer_size & !255);
+        let class = Pool::class(padded + guard).min(inner.max_buffer);
         let pooled = inner.pool.borrow_mut().take(class);
         let (raw, id) = match pooled {
             Some(found) => found,

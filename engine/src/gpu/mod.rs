@@ -7,6 +7,7 @@
 mod adapter;
 mod batch;
 mod buffer;
+mod hash;
 mod kernel;
 mod memory;
 mod profile;
@@ -23,6 +24,7 @@ pub use buffer::{Buffer, Memory};
 pub(crate) use kernel::kernel;
 pub use kernel::{Kernel, Variant};
 pub use profile::{KernelTime, Stats};
+pub use read_back::ReadBack;
 
 use crate::{Error, Result};
 use batch::{Batch, Cache, Reported};
@@ -75,13 +77,16 @@ pub(crate) struct GpuInner {
     device: wgpu::Device,
     queue: wgpu::Queue,
     max_binding: u64,
+    max_buffer: u64,
     arena: wgpu::Buffer,
     pool: RefCell<Pool>,
     batch: RefCell<Batch>,
     cache: RefCell<Cache>,
+    /// Buffers of `only_if`, made when it is first used.
+    gate: RefCell<Option<(Buffer, Buffer)>>,
     stats: RefCell<Stats>,
     timestamps: RefCell<Option<Timestamps>>,
-    staging: RefCell<Option<wgpu::Buffer>>,
+    staging: RefCell<Vec<wgpu::Buffer>>,
     budget: Cell<u64>,
     choices: RefCell<HashMap<ClassKey, usize>>,
     fault: RefCell<Option<Error>>,
@@ -163,6 +168,7 @@ impl Gpu {
             options.timestamps && device.features().contains(wgpu::Features::TIMESTAMP_QUERY);
         Gpu(Rc::new(GpuInner {
             max_binding: options.max_binding.unwrap_or(u64::MAX).min(device_binding),
+            max_buffer: limits.max_buffer_size & !255,
             budget: Cell::new(options.budget.unwrap_or(u64::MAX)),
             timestamps: RefCell::new(timed.then(|| Timestamps::new(&device))),
             entry,
@@ -173,6 +179,7 @@ impl Gpu {
             pool: RefCell::default(),
             batch: RefCell::default(),
             cache: RefCell::default(),
+            gate: RefCell::default(),
             stats: RefCell::default(),
             staging: RefCell::default(),
             choices: RefCell::default(),

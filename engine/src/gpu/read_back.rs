@@ -13,47 +13,82 @@ impl Gpu {
 
     /// Reads `bytes` from `offset` (a multiple of 4): the one place where the engine waits for the device.
     pub async fn read_async(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>> {
-        let inner = &*self.0;
-        if let Some(fault) = inner.fault.borrow_mut().take() {
+        if let Some(fault) = self.0.fault.borrow_mut().take() {
             return Err(fault);
         }
         if bytes == 0 {
             return Ok(Vec::new());
         }
+        self.read_later(buffer, offset, bytes).wait_async().await
+    }
+
+    /// Submits what is recorded and a copy of `bytes` from `offset` (a multiple of 4) behind it, without waiting.
+    pub fn read_later(&self, buffer: &Buffer, offset: u64, bytes: u64) -> ReadBack {
+        let inner = &*self.0;
         let size = bytes.next_multiple_of(4);
-        let staging = inner.staging.borrow_mut().take().filter(|s| s.size() >= size);
-        let staging = staging.unwrap_or_else(|| {
+        let mut kept = inner.staging.borrow_mut();
+        let fits = kept.iter().position(|s| s.size() >= size);
+        let staging = fits.map(|i| kept.swap_remove(i)).unwrap_or_else(|| {
             inner.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("read back"),
-                size: size.next_power_of_two(),
+                size: size.next_power_of_two().max(1024),
                 usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
                 mapped_at_creation: false,
             })
         });
+        drop(kept);
         {
             let mut batch = inner.batch.borrow_mut();
             batch.pass = None;
             let encoder = batch.encoder(&inner.device);
             encoder.copy_buffer_to_buffer(&buffer.0.raw, offset, &staging, 0, size);
         }
-        self.flush();
+        // A submission that was refused never ends.
+        let submission = self.submit().filter(|_| !self.faulted());
         let mapped = Mapped::default();
         let done = mapped.clone();
         staging
             .slice(..size)
             .map_async(wgpu::MapMode::Read, move |result| done.set(result.is_ok()));
-        if cfg!(not(target_arch = "wasm32")) {
-            let _ = inner.device.poll(wgpu::PollType::wait_indefinitely());
+        ReadBack { gpu: self.clone(), staging, mapped, submission, bytes }
+    }
+}
+
+/// A copy of device memory on its way to the host. Work recorded after it does not delay it.
+pub struct ReadBack {
+    gpu: Gpu,
+    staging: wgpu::Buffer,
+    mapped: Mapped,
+    submission: Option<wgpu::SubmissionIndex>,
+    bytes: u64,
+}
+
+impl ReadBack {
+    /// Waits for it, and for no work behind it; returns the fault, if there was one.
+    pub fn wait(self) -> Result<Vec<u8>> {
+        pollster::block_on(self.wait_async())
+    }
+
+    /// As [`ReadBack::wait`], where blocking is not possible.
+    pub async fn wait_async(self) -> Result<Vec<u8>> {
+        let ReadBack { gpu, staging, mapped, submission, bytes } = self;
+        let inner = &*gpu.0;
+        if submission.is_some() && cfg!(not(target_arch = "wasm32")) {
+            let wait = wgpu::PollType::Wait { submission_index: submission.clone(), timeout: None };
+            if let Err(e) = inner.device.poll(wait) {
+                gpu.fail(Error::DeviceLost { op: "waiting".into(), reason: e.to_string() });
+            }
         }
-        let ok = mapped.await;
-        self.take_report(&[], String::new());
+        let ok = submission.is_some() && mapped.await;
+        gpu.take_report(&[], String::new());
         if let Some(fault) = inner.fault.borrow_mut().take() {
             return Err(fault);
         }
+        let size = bytes.next_multiple_of(4);
         let view = match ok.then(|| staging.slice(..size).get_mapped_range()) {
             Some(Ok(view)) => view,
             _ => {
-                let reason = "a buffer could not be mapped".into();
+                let reason = "a copy to the host could not be made or mapped".into();
                 return Err(Error::DeviceLost { op: "read back".into(), reason });
             }
         };
@@ -62,7 +97,7 @@ impl Gpu {
         staging.unmap();
         // A large staging buffer is not worth holding.
         if staging.size() <= 4 << 20 {
-            *inner.staging.borrow_mut() = Some(staging);
+            inner.staging.borrow_mut().push(staging);
         }
         Ok(data)
     }

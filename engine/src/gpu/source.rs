@@ -4,16 +4,18 @@
 
 /// The shared WGSL files that kernels import, by name.
 const SHARED: &[(&str, &str)] = &[
-    ("angle", include_str!("../../../shaders/shared/angle.wgsl")),
     ("coop_f16_16", include_str!("../../../shaders/shared/coop_f16_16.wgsl")),
     ("coop_f16_8", include_str!("../../../shaders/shared/coop_f16_8.wgsl")),
     ("coop_f32_8", include_str!("../../../shaders/shared/coop_f32_8.wgsl")),
     ("eight", include_str!("../../../shaders/shared/eight.wgsl")),
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
+    ("gumbel", include_str!("../../../shaders/shared/gumbel.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
     ("matmul", include_str!("../../../shaders/shared/matmul.wgsl")),
+    ("philox", include_str!("../../../shaders/shared/philox.wgsl")),
     ("quad", include_str!("../../../shaders/shared/quad.wgsl")),
     ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
+    ("rotation", include_str!("../../../shaders/shared/rotation.wgsl")),
     ("tile", include_str!("../../../shaders/shared/tile.wgsl")),
     ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
     ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),

@@ -14,7 +14,8 @@ use super::weights::{StoredType, Weights};
 use crate::autograd::{checkpoint, without_recording};
 use crate::gpu::Gpu;
 use crate::ops::{
-    AttentionOptions, Mask, attention, embedding, linear, linear_onto, rms_norm, rope, swiglu,
+    self, AttentionOptions, Mask, add_rms_norm, attention, embedding, linear, linear_onto,
+    rms_norm, rope, rope_into_cache, swiglu,
 };
 use crate::philox::Philox;
 use crate::tensor::stored::{decode, encode};
@@ -86,6 +87,13 @@ pub struct Inputs {
     pub positions: Tensor,
     /// Who sees whom.
     pub attention: AttentionOptions,
+}
+
+/// Where a decoding step stands, for each of its layers.
+struct Step<'a> {
+    start: usize,
+    inv_freq: &'a Tensor,
+    options: AttentionOptions,
 }
 
 impl Llama {
@@ -212,9 +220,7 @@ impl Llama {
         for layer in &self.layers {
             let (layer, inv_freq) = (layer.clone(), self.inv_freq.clone());
             let (positions, options) = (inputs.positions.clone(), inputs.attention.clone());
-            let forward = move |x: &Tensor| {
-                layer.forward(x, &positions, &inv_freq, |q, k, v| attention(q, k, v, &options))
-            };
+            let forward = move |x: &Tensor| layer.forward(x, &positions, &inv_freq, &options);
             x = if recompute { checkpoint(&x, forward) } else { forward(&x) };
         }
         rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
@@ -226,28 +232,53 @@ impl Llama {
     /// # Panics
     /// If the cache has no room, or `mask` is the two-copy one.
     pub fn step(&self, tokens: &[u32], start: usize, mask: Mask, cache: &mut KvCache) -> Tensor {
+        let tokens = Tensor::from_u32(&self.gpu, tokens, [tokens.len()]);
+        self.step_on_device(&tokens, start, mask, cache)
+    }
+
+    /// As [`Llama::step`], for tokens on the device: u32 [T] or [T, 1].
+    ///
+    /// # Panics
+    /// If the cache has no room, or `mask` is the two-copy one.
+    pub fn step_on_device(
+        &self,
+        tokens: &Tensor,
+        start: usize,
+        mask: Mask,
+        cache: &mut KvCache,
+    ) -> Tensor {
         assert!(!matches!(mask, Mask::TwoCopy(_)), "the two-copy mask is for training");
-        let t = tokens.len();
-        let positions: Vec<u32> = (start..start + t).map(|p| p as u32).collect();
-        let tokens = Tensor::from_u32(&self.gpu, tokens, [1, t]);
-        let positions = Tensor::from_u32(&self.gpu, &positions, [1, t]);
+        let t = tokens.numel();
         let options = AttentionOptions { mask, spans: None, q_start: start, keys: Some(start + t) };
+        let step = Step { start, inv_freq: &self.inv_freq, options };
         without_recording(|| {
-            let mut x = embedding(&tokens, &self.embed.shards);
-            for (i, layer) in self.layers.iter().enumerate() {
-                x = layer.forward(&x, &positions, &self.inv_freq, |q, k, v| {
-                    let (keys, values) = cache.write(i, start, k, v);
-                    attention(q, keys, values, &options)
-                });
+            let mut x = embedding(&tokens.reshape([t]), &self.embed.shards);
+            let norms = self.layers.iter().map(|layer| &layer.input_norm).chain([&self.norm]);
+            let mut norms = norms.map(|norm| &norm.shards[0]);
+            let first = norms.next().expect("the final norm is one of them");
+            let mut h = rms_norm(&x, first, self.config.rms_norm_eps);
+            for (i, (layer, norm)) in self.layers.iter().zip(norms).enumerate() {
+                (x, h) = layer.decode(&x, &h, norm, &step, cache.layer(i));
             }
-            let x = x.reshape([t, self.config.hidden_size]);
-            rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
+            h
         })
     }
 
     /// Logits f32 [R, V] of hidden states [R, D].
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         without_recording(|| linear(hidden, self.head()))
+    }
+
+    /// Logits of the given rows of hidden states [T, D]: f32 [R, V_i], one tensor for each row shard of the head.
+    ///
+    /// # Panics
+    /// If the rows are not all there.
+    pub fn logits_of_rows(&self, hidden: &Tensor, rows: std::ops::Range<usize>) -> Vec<Tensor> {
+        without_recording(|| {
+            let whole = rows == (0..hidden.shape()[0]);
+            let x = if whole { hidden.clone() } else { ops::rows(hidden, rows.start, rows.len()) };
+            self.head().iter().map(|shard| linear(&x, std::slice::from_ref(shard))).collect()
+        })
     }
 
     /// Writes a Hugging Face folder that `transformers` loads unchanged, with the weights as `dtype`
@@ -281,13 +312,13 @@ impl Layer {
         [input_norm, q, k, v, o, post_norm, gate, up, down]
     }
 
-    /// One block: x [B, T, D] → [B, T, D]. `attend` gets q: [B, T, N, H], k, v: [B, T, G, H], rotated.
+    /// One block: x [B, T, D] → [B, T, D].
     fn forward(
         &self,
         x: &Tensor,
         positions: &Tensor,
         inv_freq: &Tensor,
-        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Tensor,
+        options: &AttentionOptions,
     ) -> Tensor {
         let [b, t] = [x.shape()[0], x.shape()[1]];
         let h = rms_norm(x, &self.input_norm.shards[0], self.eps);
@@ -295,11 +326,33 @@ impl Layer {
         let q = rope(&heads(&self.q, self.heads), positions, inv_freq);
         let k = rope(&heads(&self.k, self.kv_heads), positions, inv_freq);
         let v = heads(&self.v, self.kv_heads);
-        let a = attend(&q, &k, &v).reshape([b, t, self.heads * self.head_dim]);
+        let a = attention(&q, &k, &v, options).reshape([b, t, self.heads * self.head_dim]);
         let x = linear_onto(x, &a, &self.o.shards);
         let h = rms_norm(&x, &self.post_norm.shards[0], self.eps);
         let f = swiglu(&linear(&h, &self.gate.shards), &linear(&h, &self.up.shards));
         linear_onto(&x, &f, &self.down.shards)
+    }
+
+    /// The same block in fewer dispatches, without gradients, on one sequence and its cache: x, the residual stream,
+    /// and h, its norm, both [T, D]. Returns x behind the block, and its norm under `next_norm`.
+    fn decode(
+        &self,
+        x: &Tensor,
+        h: &Tensor,
+        next_norm: &Tensor,
+        step: &Step<'_>,
+        (keys, values): (&Tensor, &Tensor),
+    ) -> (Tensor, Tensor) {
+        let t = x.shape()[0];
+        let heads = |w: &Parameter, n| linear(h, &w.shards).reshape([1, t, n, self.head_dim]);
+        let (q, k) = (heads(&self.q, self.heads), heads(&self.k, self.kv_heads));
+        let v = heads(&self.v, self.kv_heads);
+        let q = rope_into_cache([&q, &k, &v], step.inv_freq, step.start, keys, values);
+        let a = attention(&q, keys, values, &step.options).reshape([t, self.heads * self.head_dim]);
+        let (x, h) =
+            add_rms_norm(x, &linear(&a, &self.o.shards), &self.post_norm.shards[0], self.eps);
+        let f = swiglu(&linear(&h, &self.gate.shards), &linear(&h, &self.up.shards));
+        add_rms_norm(&x, &linear(&f, &self.down.shards), next_norm, self.eps)
     }
 }
 

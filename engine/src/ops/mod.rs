@@ -29,8 +29,8 @@ pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
 pub use matmul::{Layout, MatmulKernel, Product, matmul};
 pub use optimizer::{AdamW, adamw_step, grad_norm};
 pub use reduce::{max, mean, sum, sum_all, sum_to};
-pub use rms_norm::rms_norm;
-pub use rope::rope;
+pub use rms_norm::{add_rms_norm, rms_norm};
+pub use rope::{rope, rope_into_cache};
 pub use softmax::softmax;
 pub use swiglu::swiglu;
 

@@ -11,6 +11,7 @@ use crate::ops::reduce::pieces;
 use crate::tensor::{DType, Tensor};
 
 const ROPE: Kernel = kernel!("rope");
+const ROPE_CACHE: Kernel = kernel!("rope_cache");
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -20,6 +21,16 @@ struct Params {
     heads: u32,
     positions: u32,
     sign: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct CacheParams {
+    tokens: u32,
+    heads: u32,
+    kv_heads: u32,
+    half: u32,
+    start: u32,
 }
 
 /// Rotates each head of `x` by its token's position. Angles (position · inv_freq) up to 100 000 are exact to a
@@ -58,6 +69,46 @@ fn rotate(x: &Tensor, positions: &Tensor, inv_freq: &Tensor, sign: f32) -> Tenso
     let reads = [x, positions, inv_freq];
     ROPE.with(&[wide]).run(&params, &reads, &[&y], fold(n.div_ceil(256)));
     y
+}
+
+/// A decoding step's rotation and cache write in one: returns `q` rotated, and writes `k` rotated and `v` as it is into
+/// `keys` and `values` from row `start` on, which is the position of token 0. Has no derivative.
+///
+/// # Panics
+/// If shapes or types do not fit, or the cache has no room. q: [1, T, N, H], k, v: [1, T, G, H], inv_freq: [H / 2],
+/// keys, values: [1, capacity, G, H].
+#[track_caller]
+pub fn rope_into_cache(
+    [q, k, v]: [&Tensor; 3],
+    inv_freq: &Tensor,
+    start: usize,
+    keys: &Tensor,
+    values: &Tensor,
+) -> Tensor {
+    let all = [q, k, v, inv_freq, keys, values];
+    let fits = match (&**q.shape(), &**k.shape(), &**keys.shape()) {
+        (&[1, t, _, h], &[1, kt, g, kh], &[1, capacity, cache_g, cache_h]) => {
+            (kt, kh, cache_g, cache_h) == (t, h, g, h)
+                && start + t <= capacity
+                && h % 2 == 0
+                && **inv_freq.shape() == [h / 2]
+        }
+        _ => false,
+    } && (k.shape(), keys.shape()) == (v.shape(), values.shape())
+        && all.iter().all(|t| t.dtype() == DType::F32);
+    assert!(fits, "rope_into_cache at {start}: {all:?} do not fit, or the cache is full");
+    let [tokens, heads, kv_heads, h] = [q.shape()[1], q.shape()[2], k.shape()[2], q.shape()[3]];
+    let params = CacheParams {
+        tokens: tokens as u32,
+        heads: heads as u32,
+        kv_heads: kv_heads as u32,
+        half: (h / 2) as u32,
+        start: start as u32,
+    };
+    let pairs = tokens * (heads + 2 * kv_heads) * (h / 2);
+    let y = q.empty_like("rope_into_cache");
+    ROPE_CACHE.run(&params, &[q, k, v, inv_freq], &[&y, keys, values], fold(pairs.div_ceil(256)));
+    y.record_none("rope_into_cache", &[q, k, v])
 }
 
 #[cfg(feature = "cases")]
@@ -107,10 +158,48 @@ mod cases {
         )
     }
 
+    /// One of the three results (q, the keys, the values of a cache of zeros) of the fused op.
+    fn cached(
+        which: usize,
+        t: usize,
+        heads: usize,
+        kv_heads: usize,
+        h: usize,
+        start: usize,
+    ) -> Case {
+        let capacity = start + t + 2;
+        let (q, kv) = ([1, t, heads, h], [1, t, kv_heads, h]);
+        let result = ["q", "keys", "values"][which];
+        Case::new(
+            format!("rope_into_cache {result} {q:?} over {kv_heads} from {start}"),
+            vec![Input::Normal(q.into()), Input::Normal(kv.into()), Input::Normal(kv.into())],
+            move |x| {
+                let gpu = x[0].gpu();
+                let empty = || Tensor::zeros(gpu, [1, capacity, kv_heads, h], DType::F32, "cache");
+                let (keys, values) = (empty(), empty());
+                let inv_freq = Tensor::from_f32(gpu, &frequencies(h / 2), [h / 2]);
+                let x: Vec<Tensor> = x.iter().map(Tensor::detach).collect();
+                let q = rope_into_cache([&x[0], &x[1], &x[2]], &inv_freq, start, &keys, &values);
+                [q, keys, values][which].clone()
+            },
+            move |x| {
+                let positions = Array::from_fn([t], |i| (start + i) as f64);
+                let rows = match which {
+                    0 => return reference(&x[0], &positions),
+                    1 => reference(&x[1], &positions),
+                    _ => x[2].clone(),
+                };
+                let row = kv_heads * h;
+                let row_of = |i: usize| i.checked_sub(start * row).and_then(|i| rows.data.get(i));
+                Array::from_fn([1, capacity, kv_heads, h], |i| row_of(i).copied().unwrap_or(0.0))
+            },
+        )
+    }
+
     /// The rotation's cases.
     pub fn cases() -> Vec<Case> {
         let n = |heads: usize, h: usize| (512 * heads * h) as f64;
-        vec![
+        let mut cases = vec![
             case([1, 1, 1, 2], 0, true),
             case([2, 5, 3, 6], 0, true),
             case([2, 5, 3, 6], 3, false),
@@ -123,6 +212,12 @@ mod cases {
             case([1, 5, 19, 8], 0, true),
             case([1, 512, 9, 64], 0, true).cost(3.0 * n(9, 64), 8.0 * n(9, 64)),
             case([1, 512, 32, 128], 0, true).cost(3.0 * n(32, 128), 8.0 * n(32, 128)),
-        ]
+        ];
+        for which in 0..3 {
+            cases.push(cached(which, 1, 1, 1, 2, 0));
+            cases.push(cached(which, 5, 6, 2, 10, 3));
+            cases.push(cached(which, 0, 2, 1, 8, 1));
+        }
+        cases
     }
 }

@@ -291,8 +291,14 @@ impl Variant<'_> {
     /// Records this variant over whole tensors.
     pub fn run<P: Pod>(self, params: &P, reads: &[&Tensor], writes: &[&Tensor], grid: [u32; 3]) {
         let gpu = writes[0].gpu();
-        let reads: Vec<&Buffer> = reads.iter().map(|t| t.buffer()).collect();
-        let writes: Vec<&Buffer> = writes.iter().map(|t| t.buffer()).collect();
-        self.dispatch(gpu, bytemuck::bytes_of(params), &reads, &writes, grid);
+        // On the stack: this is on the way of every dispatch.
+        let mut buffers = [writes[0].buffer(); 8];
+        let n = reads.len() + writes.len();
+        assert!(n <= buffers.len(), "{n} tensors in one dispatch");
+        for (buffer, tensor) in buffers.iter_mut().zip(reads.iter().chain(writes)) {
+            *buffer = tensor.buffer();
+        }
+        let (reads, writes) = buffers[..n].split_at(reads.len());
+        self.dispatch(gpu, bytemuck::bytes_of(params), reads, writes, grid);
     }
 }

@@ -1,3 +1,11 @@
+// Cosine and sine of rotary angles.
+
+// Hugging Face rounds this product to f32. The max changes nothing; it keeps compilers from fusing the product into
+// the subtraction below, which would leave it unrounded.
+fn rotary_angle(position: u32, frequency: f32) -> f32 {
+    return max(f32(position) * frequency, 0.0);
+}
+
 // Cosine and sine of an angle in [0, 100000]. WGSL promises 2^-11 and only on [-pi, pi], so both are computed
 // here: quarter turns are taken off in three steps whose products are exact (Cody and Waite), then Cephes'
 // polynomials on [-pi/4, pi/4]. The clamp changes nothing; it keeps compilers from merging the steps.
