@@ -180,7 +180,8 @@ mod tests {
             let mut bytes = noise[..2 * 3 * block].to_vec();
             for b in bytes.chunks_mut(block) {
                 // Finite scales.
-                b[..2].copy_from_slice(&f16::from_f32(f32::from(b[5]) / 64.0).to_le_bytes());
+                let d = f16::from_f32(f32::from(b[5]) / 64.0);
+                b[..2].copy_from_slice(&d.to_le_bytes());
                 if dtype == StoredType::Q4_1 {
                     b[2..4].copy_from_slice(&f16::from_f32(-1.5).to_le_bytes());
                 }
