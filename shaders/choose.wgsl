@@ -4,12 +4,12 @@
 // state     [3]: passes done, 1 until the answer ended, unused here
 // offers    [R, S, 6], segments skip .. on: largest logit, sum of exp(logit - largest), best value, its token, its
 //           logit, 2 with a NaN or +infinity, else 1 with a finite logit
-// dispatch  (segments of 4096 columns, R)
+// dispatch  (segments of 2048 columns, R)
 // shared    3 WG words
 #import reduce
 #import philox
 #import gumbel
-const SEGMENT: u32 = 4096u;
+const SEGMENT: u32 = 2048u;
 const LOWEST: u32 = 0xff7fffffu;
 const NOTHING: u32 = 0xffffffffu;
 struct Params {

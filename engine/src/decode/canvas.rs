@@ -20,7 +20,9 @@ const CHOOSE: Kernel = kernel!("choose");
 const COMMIT: Kernel = kernel!("commit");
 
 /// Columns of the vocabulary that one workgroup looks through.
-const SEGMENT: usize = 4096;
+const SEGMENT: usize = 2048;
+/// Lanes of a workgroup. Few, because each barrier costs a software adapter in proportion.
+const LANES: (&str, u32) = ("WG", 64);
 /// Words of a record: token, confidence, priority, status.
 const RECORD: usize = 4;
 /// A temperature above this drowns every logit just the same, and does not overflow.
@@ -183,7 +185,12 @@ impl Canvas {
                 temperature: self.sampler.temperature.min(HOTTEST),
             };
             let grid = [segments_of(part) as u32, rows as u32, 1];
-            CHOOSE.run(&params, &[part, &self.tokens, &self.state], &[&offers], grid);
+            CHOOSE.with(&[LANES]).run(
+                &params,
+                &[part, &self.tokens, &self.state],
+                &[&offers],
+                grid,
+            );
             first += part.shape()[1];
             skip += segments_of(part);
         }
@@ -205,7 +212,7 @@ impl Canvas {
         };
         let records = Tensor::empty(gpu, [rows, RECORD], DType::U32, "commit");
         let writes = [&self.tokens, &self.state, &records];
-        COMMIT.run(&params, &[&offers, &self.stops], &writes, [1, 1, 1]);
+        COMMIT.with(&[LANES]).run(&params, &[&offers, &self.stops], &writes, [1, 1, 1]);
         let read = gpu.read_later(records.buffer(), 0, (4 * RECORD * rows) as u64);
         Outcome { read, start }
     }
