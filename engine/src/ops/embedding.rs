@@ -53,7 +53,7 @@ pub fn embedding(tokens: &Tensor, table: &[Tensor]) -> Tensor {
             &params,
             &[tokens, shard],
             &[&y],
-            fold((n * pieces).div_ceil(256)),
+            fold(n),
         );
         shards.push((params, shard.shape().clone(), shard.is_tracked()));
         first += rows;
@@ -74,9 +74,10 @@ pub fn embedding(tokens: &Tensor, table: &[Tensor]) -> Tensor {
             tracked.then(|| {
                 let dtable = Tensor::zeros(dy.gpu(), shape, DType::F32, "embedding");
                 let [x, y, _] = fold(chunks);
-                let grid = [x, y, pieces.div_ceil(64) as u32];
+                let grid = [x, y, pieces.div_ceil(256) as u32];
                 let reads = [&tokens, &order, dy];
                 BACKWARD.with(&[wide]).run(params, &reads, &[&dtable, &partial], grid);
+                let grid = [x, y, pieces.div_ceil(64) as u32];
                 JOIN.with(&[wide]).run(params, &[&tokens, &order, &partial], &[&dtable], grid);
                 dtable
             })

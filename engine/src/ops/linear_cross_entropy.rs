@@ -100,23 +100,19 @@ fn linear_cross_entropy_in_chunks(
         let whole = Tensor::zeros(dx.gpu(), shape, DType::F32, op);
         let [r, d] = dx.shape().matrix();
         let (pieces, wide) = pieces(d);
-        let params = RowParams { n: (r * pieces) as u32, pieces: pieces as u32 };
+        let params = RowParams { rows: r as u32, pieces: pieces as u32 };
         let reads = [&dx, &head.supervision.rows];
-        SCATTER.with(&[wide]).run(&params, &reads, &[&whole], elements(params.n));
+        SCATTER.with(&[wide]).run(&params, &reads, &[&whole], fold(r));
         [Some(whole)].into_iter().chain(dw).collect()
     });
     CrossEntropy { loss, per_row }
 }
 
-fn elements(n: u32) -> [u32; 3] {
-    fold((n as usize).div_ceil(256))
-}
-
 fn gather(x: &Tensor, rows: &Tensor, d: usize) -> Tensor {
     let y = Tensor::empty(x.gpu(), [rows.numel(), d], DType::F32, "gather_rows");
     let (pieces, wide) = pieces(d);
-    let params = RowParams { n: (rows.numel() * pieces) as u32, pieces: pieces as u32 };
-    GATHER.with(&[wide]).run(&params, &[x, rows], &[&y], elements(params.n));
+    let params = RowParams { rows: rows.numel() as u32, pieces: pieces as u32 };
+    GATHER.with(&[wide]).run(&params, &[x, rows], &[&y], fold(rows.numel()));
     y
 }
 
@@ -185,13 +181,19 @@ impl Head {
             let g = kept.take().unwrap_or_else(|| self.logits(&chunk));
             let (pieces, wide) = pieces(chunk.len);
             let params = BackwardParams {
-                n: (g.shape()[0] * pieces) as u32,
+                rows: g.shape()[0] as u32,
                 pieces: pieces as u32,
                 first: chunk.first as u32,
                 scale: 1.0 / divisor,
             };
             let reads = [&self.state, targets, weights, dy];
-            BACKWARD.with(&[wide]).run(&params, &reads, &[&g], elements(params.n));
+            let [x, y, _] = fold(g.shape()[0]);
+            BACKWARD.with(&[wide]).run(
+                &params,
+                &reads,
+                &[&g],
+                [x, y, pieces.div_ceil(1024) as u32],
+            );
             let w = &self.shards[chunk.shard];
             let into = Target { y: &dx, row: 0, b_row: chunk.row, add: chunk.first > 0 };
             matmul_chunk(&g, w, chunk.len, Layout::NN, &into);
@@ -207,7 +209,7 @@ impl Head {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct RowParams {
-    n: u32,
+    rows: u32,
     pieces: u32,
 }
 
@@ -230,7 +232,7 @@ struct LossParams {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct BackwardParams {
-    n: u32,
+    rows: u32,
     pieces: u32,
     first: u32,
     scale: f32,
