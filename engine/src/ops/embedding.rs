@@ -94,6 +94,7 @@ mod cases {
     use super::*;
     use crate::ops::case::{Case, Input, Tolerance};
     use crate::tensor::host::Array;
+    use crate::tensor::stored::{decode, encode};
 
     fn reference(tokens: &Array, shards: &[Array]) -> Array {
         let d = shards[0].shape.last();
@@ -125,24 +126,18 @@ mod cases {
         .tolerance(Tolerance::SUM)
     }
 
-    /// A table at rest in a half type: its values are exact in both, so only the unpacking is tested.
-    fn half(dtype: DType, d: usize) -> Case {
+    /// A table at rest in another type: the reference reads it back the same way.
+    fn stored(dtype: DType, d: usize) -> Case {
         let rows = 9;
         let values: Vec<f32> = (0..rows * d).map(|i| (i * 37 % 101) as f32 / 8.0 - 6.0).collect();
-        let bits: Vec<u16> = values
-            .iter()
-            .map(|&w| match dtype {
-                DType::Bf16 => half::bf16::from_f32(w).to_bits(),
-                _ => half::f16::from_f32(w).to_bits(),
-            })
-            .collect();
-        let table = Array::new([rows, d], values.iter().map(|&w| f64::from(w)).collect());
+        let bytes = encode(&values, d, dtype);
+        let decoded = decode(&bytes, d, dtype).into_iter().map(f64::from).collect();
+        let table = Array::new([rows, d], decoded);
         Case::new(
             format!("embedding of a {dtype:?} table {rows}x{d}"),
             vec![Input::Integers([2, 3].into(), vec![8, 0, 3, 3, 1, 7])],
             move |t| {
-                let bits = bytemuck::cast_slice(&bits);
-                let table = Tensor::from_bytes(t[0].gpu(), bits, [rows, d], dtype, "table");
+                let table = Tensor::from_bytes(t[0].gpu(), &bytes, [rows, d], dtype, "table");
                 embedding(&t[0], &[table])
             },
             move |x| reference(&x[0], std::slice::from_ref(&table)),
@@ -162,8 +157,9 @@ mod cases {
             case(&[2, 0], &[5], 3, false),
         ];
         for d in [5, 8] {
-            cases.extend([DType::Bf16, DType::F16].map(|dtype| half(dtype, d)));
+            cases.extend([DType::Bf16, DType::F16].map(|dtype| stored(dtype, d)));
         }
+        cases.extend([DType::Q8, DType::Q4].map(|dtype| stored(dtype, 96)));
         let bytes = 8.0 * (512 * 576) as f64;
         cases.push(case(&[512], &[4096], 576, false).cost(0.0, bytes));
         cases.push(case(&[2048], &[49_152], 576, false).cost(0.0, 4.0 * bytes));
