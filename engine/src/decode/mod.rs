@@ -239,10 +239,10 @@ pub fn generate(
     })
 }
 
-/// How many passes a session records before it waits for the first of them, unless told otherwise. With two, a GPU finds
-/// its next pass while the host still waits for this one, and never idles. Where `surplus` says that the next pass may
-/// turn out to be one too many, the device must be able to skip it. A software adapter computes on the host's own cores:
-/// there is no idle time to fill, and deciding what to skip takes time of its own.
+/// How many passes a session records before it waits for the first of them, unless told otherwise. With two, a GPU
+/// finds its next pass while the host still waits for this one, and never idles. Where `surplus` says that the next
+/// pass may turn out to be one too many, the device must be able to skip it. A software adapter computes on the
+/// host's own cores: there is no idle time to fill, and deciding what to skip takes time of its own.
 pub fn look_ahead(gpu: &Gpu, surplus: bool) -> usize {
     if gpu.adapter().is_software() || (surplus && !gpu.can_skip()) { 1 } else { 2 }
 }
