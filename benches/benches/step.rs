@@ -1,16 +1,17 @@
 //! Where a whole step goes: dispatches, host time per dispatch, device time by kernel, memory.
 //! `cargo bench -p demask-benches --bench step -- MODEL [train]`
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::decode::{
-    AutoregressiveOptions, AutoregressiveSession, BlockOptions, BlockSession, DecodeOptions, Mode,
-    Schedule, Session,
+    self, AutoregressiveOptions, AutoregressiveSession, BlockOptions, BlockSession, DecodeOptions,
+    Mode, Schedule, Session,
 };
-use demask_engine::gpu::{Gpu, GpuOptions};
+use demask_engine::gpu::{Gpu, GpuOptions, Stats};
 use demask_engine::model::{Inputs, KvCache, Llama, Precision};
 use demask_engine::ops::{AttentionOptions, Mask, Supervision, linear_cross_entropy};
 use demask_engine::tensor::Tensor;
@@ -64,17 +65,21 @@ fn report(name: &str, gpu: &Gpu, timed: &Gpu, step: impl Fn(&Gpu) -> Result<()>)
     timed.reset_stats();
     step(timed)?;
     let stats = timed.stats();
+    print_kernels(name, &stats);
+    Ok(())
+}
+
+fn print_kernels(name: &str, stats: &Stats) {
     println!("{name}: device {:.3} s", stats.device_time().as_secs_f64());
     let mut kernels: Vec<_> = stats.kernels.iter().collect();
     kernels.sort_by_key(|(_, k)| std::cmp::Reverse(k.time));
-    for (kernel, k) in kernels.iter().take(8) {
+    for (kernel, k) in kernels.iter().take(10) {
         println!(
             "  {kernel:<28} {:>5} × {:>9.3} ms",
             k.count,
             k.time.as_secs_f64() * 1e3 / k.count as f64
         );
     }
-    Ok(())
 }
 
 fn open(timestamps: bool) -> Result<Gpu> {
@@ -112,6 +117,7 @@ fn gpu_computes() -> Result<bool> {
 fn generate(path: &Path) -> Result<()> {
     let gpu = open(false)?;
     let model = Llama::load(&gpu, path, Precision::Stored)?;
+    let timed = Llama::load(&open(true)?, path, Precision::Stored)?;
     let prompt: Vec<u32> = (0..16).map(|i| 20 + i % 200).collect();
     let mask = model.config().mask_token_id.unwrap_or(0);
     let block = |schedule| Mode::Block(BlockOptions { schedule, ..BlockOptions::new(mask, 4) });
@@ -152,6 +158,9 @@ fn generate(path: &Path) -> Result<()> {
                 }
             }
         }
+        timed.gpu().reset_stats();
+        decode::generate(&timed, &prompt, &options, |_| ControlFlow::Continue(()))?;
+        print_kernels(name, &timed.gpu().stats());
     }
     Ok(())
 }

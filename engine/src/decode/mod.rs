@@ -239,13 +239,12 @@ pub fn generate(
     })
 }
 
-/// How many passes a session records before it waits for the first of them, unless told otherwise. With two, the device
+/// How many passes a session records before it waits for the first of them, unless told otherwise. With two, a GPU
 /// finds its next pass while the host still waits for this one, and never idles. Where `surplus` says that the next
-/// pass may turn out to be one too many, the device must be able to skip it, and that must be cheap: on a software
-/// adapter the skipping takes the host's own cores.
+/// pass may turn out to be one too many, the device must be able to skip it. A software adapter computes on the
+/// host's own cores: there is no idle time to fill, and deciding what to skip takes time of its own.
 pub fn look_ahead(gpu: &Gpu, surplus: bool) -> usize {
-    let skips_for_little = gpu.can_skip() && !gpu.adapter().is_software();
-    if surplus && !skips_for_little { 1 } else { 2 }
+    if gpu.adapter().is_software() || (surplus && !gpu.can_skip()) { 1 } else { 2 }
 }
 
 /// Refuses prompts and options that fit no mode; returns the length of prompt and answer in tokens.
