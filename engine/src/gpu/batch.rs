@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::Instant;
 
-use super::kernel::{self, Layout, LayoutKey, PipelineKey};
+use super::kernel::{self, Compiled, Layout, LayoutKey, PipelineKey};
 use super::profile::{TIMED_DISPATCHES, Timestamps};
 use super::{BATCH, Buffer, Gpu, PARAMS_SLOT, Variant};
 use crate::{Error, Result};
@@ -31,7 +31,7 @@ pub(super) struct Batch {
 #[derive(Default)]
 pub(super) struct Cache {
     layouts: HashMap<LayoutKey, Rc<Layout>>,
-    pipelines: HashMap<PipelineKey, (wgpu::ComputePipeline, Rc<Layout>)>,
+    pub pipelines: HashMap<PipelineKey, Compiled>,
     pub groups: HashMap<Vec<u64>, wgpu::BindGroup>,
     key: Vec<u64>,
 }
@@ -91,20 +91,21 @@ impl Gpu {
         let Cache { layouts, pipelines, groups, key } = &mut *cache;
         let layout_key = LayoutKey { reads: reads.len(), writes: writes.len() };
         let pipeline_key = PipelineKey::new(variant, layout_key);
-        let (pipeline, layout) = pipelines.entry(pipeline_key).or_insert_with(|| {
+        let compiled = pipelines.entry(pipeline_key).or_insert_with(|| {
             let layout = layouts
                 .entry(layout_key)
                 .or_insert_with(|| {
                     Rc::new(Layout::new(&inner.device, layout_key, PARAMS_SLOT as u64))
                 })
                 .clone();
-            (kernel::compile(&inner.device, variant, &layout, inner.options.checked), layout)
+            kernel::compile(&inner.device, variant, layout, inner.options.checked)
         });
+        compiled.dispatches += 1;
         key.clear();
         key.push((reads.len() * 64 + writes.len()) as u64);
         key.extend(reads.iter().chain(writes).map(|b| b.0.id));
         if !groups.contains_key(key) {
-            let group = bind(&inner.device, &inner.arena, layout, reads, writes);
+            let group = bind(&inner.device, &inner.arena, &compiled.layout, reads, writes);
             groups.insert(key.clone(), group);
             inner.stats.borrow_mut().bind_groups += 1;
         }
@@ -117,7 +118,7 @@ impl Gpu {
         }
         let mut timestamps = inner.timestamps.borrow_mut();
         let pass = batch.pass(&inner.device, timestamps.as_mut(), variant.kernel.name);
-        pass.set_pipeline(pipeline);
+        pass.set_pipeline(&compiled.pipeline);
         pass.set_bind_group(0, &groups[key], &[offset as u32]);
         pass.dispatch_workgroups(grid[0], grid[1], grid[2]);
         if timestamps.is_some() {

@@ -2,6 +2,9 @@
 //! Pipelines are compiled once per variant and kept. Bindings follow one rule, so nobody lists them:
 //! binding 0 is the uniform `Params`, then the inputs (`read`), then the outputs (`read_write`).
 
+use std::rc::Rc;
+
+use super::profile::VariantUse;
 use super::{Buffer, Gpu, source};
 
 /// WGSL with one entry point `main`, named after its file.
@@ -85,6 +88,15 @@ pub(super) struct LayoutKey {
     pub writes: usize,
 }
 
+/// A pipeline, and what reports need to know of it.
+pub(super) struct Compiled {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: Rc<Layout>,
+    hash: u64,
+    /// Since the last reset of the counters.
+    pub dispatches: u64,
+}
+
 pub(super) struct Layout {
     pub group: wgpu::BindGroupLayout,
     pub pipeline: wgpu::PipelineLayout,
@@ -100,6 +112,22 @@ impl PipelineKey {
             layout,
         }
     }
+
+    pub fn used(&self, compiled: &Compiled) -> VariantUse {
+        let mut variant = self.name.to_owned();
+        for (constant, value) in &self.constants {
+            variant += &format!(" {constant}={value}");
+        }
+        for (import, file) in &self.imports {
+            variant += &format!(" {import}={file}");
+        }
+        VariantUse { variant, hash: compiled.hash, dispatches: compiled.dispatches }
+    }
+}
+
+/// FNV-1a, 64 bits.
+fn hash(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
 impl Layout {
@@ -142,9 +170,9 @@ impl Layout {
 pub(super) fn compile(
     device: &wgpu::Device,
     variant: Variant<'_>,
-    layout: &Layout,
+    layout: Rc<Layout>,
     checked: bool,
-) -> wgpu::ComputePipeline {
+) -> Compiled {
     let Kernel { name, source } = variant.kernel;
     let is_override = |constant: &str| {
         source::expand(name, source, variant.imports, &[])
@@ -153,6 +181,7 @@ pub(super) fn compile(
     let (overrides, consts): (Vec<_>, Vec<_>) =
         variant.constants.iter().copied().partition(|(constant, _)| is_override(constant));
     let text = source::expand(name, source, variant.imports, &consts);
+    let hash = hash(&text);
     let descriptor = wgpu::ShaderModuleDescriptor {
         label: Some(name),
         source: wgpu::ShaderSource::Wgsl(text.into()),
@@ -167,7 +196,7 @@ pub(super) fn compile(
         }
     };
     let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
-    device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: Some(name),
         layout: Some(&layout.pipeline),
         module: &module,
@@ -178,5 +207,6 @@ pub(super) fn compile(
             zero_initialize_workgroup_memory: checked,
         },
         cache: None,
-    })
+    });
+    Compiled { pipeline, layout, hash, dispatches: 0 }
 }

@@ -244,6 +244,19 @@ mod cases {
     }
 
     fn reference(x: &[Array], mask: Mask, q_start: usize, spans: Option<&[u32]>) -> Array {
+        let rows = 0..x[0].data.len() / x[0].shape.last().max(1);
+        let out = rows.flat_map(|row| row_of(x, mask, q_start, spans, row)).collect();
+        Array::new(&x[0].shape, out)
+    }
+
+    /// One query head's output, [H].
+    fn row_of(
+        x: &[Array],
+        mask: Mask,
+        q_start: usize,
+        spans: Option<&[u32]>,
+        row: usize,
+    ) -> Vec<f64> {
         let (q, k, v) = (&x[0], &x[1], &x[2]);
         let &[_, tq, n, h] = &*q.shape else { panic!("four axes") };
         let &[_, tk, g, _] = &*k.shape else { panic!("four axes") };
@@ -256,25 +269,22 @@ mod cases {
             });
             in_document && allowed(mask, length, q_start, i, j)
         };
-        let mut out = Vec::with_capacity(q.data.len());
-        for row in 0..q.data.len() / h.max(1) {
-            let (b, i, head) = (row / (tq * n), row / n % tq, row % n);
-            let at = |j: usize| ((b * tk + j) * g + head / (n / g)) * h;
-            let keys: Vec<usize> = (0..tk).filter(|&j| sees(b, i, j)).collect();
-            let query = &q.data[row * h..][..h];
-            let dot = |j: usize| -> f64 {
-                query.iter().zip(&k.data[at(j)..][..h]).map(|(a, b)| a * b).sum::<f64>()
-            };
-            let scores: Vec<f64> = keys.iter().map(|&j| dot(j) / (h as f64).sqrt()).collect();
-            let top = scores.iter().copied().fold(f64::MIN, f64::max);
-            let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
-            let total: f64 = weights.iter().sum();
-            out.extend((0..h).map(|d| {
-                let sum = |(&j, w): (&usize, &f64)| w / total * v.data[at(j) + d];
-                keys.iter().zip(&weights).map(sum).sum::<f64>()
-            }));
-        }
-        Array::new(&q.shape, out)
+        let (b, i, head) = (row / (tq * n), row / n % tq, row % n);
+        let at = |j: usize| ((b * tk + j) * g + head / (n / g)) * h;
+        let keys: Vec<usize> = (0..tk).filter(|&j| sees(b, i, j)).collect();
+        let query = &q.data[row * h..][..h];
+        let dot = |j: usize| -> f64 {
+            query.iter().zip(&k.data[at(j)..][..h]).map(|(a, b)| a * b).sum::<f64>()
+        };
+        let scores: Vec<f64> = keys.iter().map(|&j| dot(j) / (h as f64).sqrt()).collect();
+        let top = scores.iter().copied().fold(f64::MIN, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let sum = |d: usize| {
+            let weighed = keys.iter().zip(&weights).map(|(&j, w)| w / total * v.data[at(j) + d]);
+            weighed.sum::<f64>()
+        };
+        (0..h).map(sum).collect()
     }
 
     /// Extents of one case: batch, query rows, key rows, heads, key heads, head dimension.
@@ -293,6 +303,17 @@ mod cases {
         )
         // Outliers make scores of some hundreds, whose f32 rounding the exponential magnifies.
         .tolerance(Tolerance { absolute: 1e-3, relative: 1e-3 })
+    }
+
+    /// A case with a cost: `pairs` queries and keys of one head that see each other.
+    fn bench(mask: Mask, extents: Extents, q_start: usize, pairs: f64) -> Case {
+        let [b, tq, tk, n, g, h] = extents;
+        let flops = 4.0 * pairs * (b * n * h) as f64;
+        let bytes = 8.0 * (b * h * (tq * n + tk * g)) as f64;
+        case(mask, extents, q_start).cost(flops, bytes).sampled(move |x, at| {
+            let one = |&i: &usize| row_of(x, mask, q_start, None, i / h)[i % h];
+            at.iter().map(one).collect()
+        })
     }
 
     fn documents(mask: Mask, lengths: &[u32], [b, tq, tk, n, g, h]: Extents) -> Case {
@@ -341,13 +362,14 @@ mod cases {
         for block in [1, 2, 4, 8, 32] {
             cases.push(case(TwoCopy(block), [1, 74, 74, 2, 1, 8], 0));
         }
-        let (t, n, h) = (512, 9, 64);
-        let pairs = (t * t / 2 * n) as f64;
-        let bytes = 4.0 * (t * n * h * 4) as f64;
-        cases.push(case(Causal, [1, t, t, n, 3, h], 0).cost(pairs * 4.0 * h as f64, bytes));
-        let pairs = (t * t * n) as f64;
-        let two = case(TwoCopy(4), [1, 2 * t, 2 * t, n, 3, h], 0);
-        cases.push(two.cost(pairs * 4.0 * h as f64, 2.0 * bytes));
+        // A training sequence, a block-diffusion pass over it, a decode step of one block, and a short sequence.
+        let extents = |tq, tk| [1, tq, tk, 9, 3, 64];
+        cases.extend([
+            bench(Causal, extents(512, 512), 0, (512 * 513 / 2) as f64),
+            bench(TwoCopy(4), extents(1024, 1024), 0, (512 * (512 + 4)) as f64),
+            bench(BlockCausal(4), extents(4, 512), 508, (4 * 512) as f64),
+            bench(Causal, extents(192, 192), 0, (192 * 193 / 2) as f64),
+        ]);
         cases
     }
 }

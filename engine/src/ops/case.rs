@@ -9,6 +9,8 @@ use crate::tensor::{Shape, Tensor};
 pub type Run = Box<dyn Fn(&[Tensor]) -> Tensor>;
 /// The same in f64 on the host.
 pub type Reference = Box<dyn Fn(&[Array]) -> Array>;
+/// The reference at some flat indices of the output only.
+pub type Sampled = Box<dyn Fn(&[Array], &[usize]) -> Vec<f64>>;
 
 /// One configuration of one op.
 pub struct Case {
@@ -20,6 +22,8 @@ pub struct Case {
     pub run: Run,
     /// The same from the formula, in f64.
     pub reference: Reference,
+    /// The reference at chosen outputs, where the whole of a bench's shape takes long.
+    pub sampled: Option<Sampled>,
     /// |got − want| ≤ absolute + relative · |want|, elementwise.
     pub tolerance: Tolerance,
     /// Work of one forward call; `None` keeps the case out of the benches.
@@ -81,10 +85,16 @@ impl Case {
             inputs,
             run: Box::new(run),
             reference: Box::new(reference),
+            sampled: None,
             tolerance: Tolerance::F32,
             cost: None,
             subgroup: None,
         }
+    }
+
+    /// With a reference for single outputs.
+    pub fn sampled(self, f: impl Fn(&[Array], &[usize]) -> Vec<f64> + 'static) -> Case {
+        Case { sampled: Some(Box::new(f)), ..self }
     }
 
     /// With another tolerance.
