@@ -318,9 +318,9 @@ mod cases {
         let flops = 2.0 * (m * n * k) as f64;
         let bytes = 4.0 * (m * k + k * n + m * n) as f64;
         let (_, _, e) = shapes(layout, &[], m, n, k);
-        case(layout, &[], m, n, k)
-            .cost(flops, bytes)
-            .sampled(move |x, at| at.iter().map(|&i| element(&x[0], &x[1], layout, &e, i)).collect())
+        case(layout, &[], m, n, k).cost(flops, bytes).sampled(move |x, at| {
+            at.iter().map(|&i| element(&x[0], &x[1], layout, &e, i)).collect()
+        })
     }
 
     /// Matmul's cases.
