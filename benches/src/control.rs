@@ -9,8 +9,10 @@ const COPY: Kernel = Kernel::new("limit_copy", include_str!("../shaders/limit_co
 
 /// Threads of the multiply-add kernel: enough to fill a large GPU; a software adapter has a few cores.
 const THREADS: [u32; 2] = [1 << 18, 1 << 11];
-/// Bytes that the copy reads: more than the caches hold; on a GPU those are tens of megabytes.
-const BYTES: [u64; 2] = [256 << 20, 16 << 20];
+/// Bytes that the copy reads: for the limit more than most caches hold, as a control no more than shows the state of the
+/// memory. A GPU and a software adapter.
+const LIMIT_BYTES: [u64; 2] = [256 << 20, 96 << 20];
+const CONTROL_BYTES: [u64; 2] = [64 << 20, 4 << 20];
 
 /// One of the two micro-kernels, ready to run.
 pub struct Control {
@@ -24,16 +26,17 @@ enum Kind {
 }
 
 impl Control {
-    /// Multiply-adds, `n` in each of eight chains a thread.
+    /// Multiply-adds, `n` in each of twelve chains a thread.
     pub fn fma(gpu: &Gpu, n: u32) -> Control {
         let threads = THREADS[usize::from(gpu.adapter().is_software())];
         let y = gpu.alloc(u64::from(threads) * 4, "limit_fma", &"y");
         Control { gpu: gpu.clone(), kind: Kind::Fma { y, threads, n: n.next_multiple_of(4) } }
     }
 
-    /// A copy between two buffers.
-    pub fn copy(gpu: &Gpu) -> Control {
-        let most = BYTES[usize::from(gpu.adapter().is_software())];
+    /// A copy between two buffers, to measure the limit or beside samples.
+    pub fn copy(gpu: &Gpu, limit: bool) -> Control {
+        let sizes = if limit { LIMIT_BYTES } else { CONTROL_BYTES };
+        let most = sizes[usize::from(gpu.adapter().is_software())];
         let bytes = most.min(gpu.max_binding()) & !0xfff;
         let (x, y) = (gpu.alloc(bytes, "limit_copy", &"x"), gpu.alloc(bytes, "limit_copy", &"y"));
         let pattern: Vec<u32> = (0..bytes as u32 / 4).map(pattern).collect();
@@ -44,7 +47,7 @@ impl Control {
     /// Floating-point operations of one call, or bytes moved.
     pub fn amount(&self) -> f64 {
         match &self.kind {
-            Kind::Fma { threads, n, .. } => 16.0 * f64::from(*threads) * f64::from(*n),
+            Kind::Fma { threads, n, .. } => 24.0 * f64::from(*threads) * f64::from(*n),
             Kind::Copy { bytes, .. } => 2.0 * *bytes as f64,
         }
     }
@@ -72,7 +75,7 @@ impl Control {
         match &self.kind {
             Kind::Fma { y, .. } => {
                 let y: Vec<f32> = bytemuck::pod_collect_to_vec(&self.gpu.read(y)?);
-                let settled = y.iter().all(|y| (y - 16.0).abs() < 1e-3);
+                let settled = y.iter().all(|y| (y - 24.0).abs() < 1e-3);
                 if settled { Ok(()) } else { fail("multiply-add control") }
             }
             Kind::Copy { y, .. } => {

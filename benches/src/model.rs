@@ -21,7 +21,7 @@ use crate::work::{Checked, Work, compare};
 /// Tokens of a diffusion block.
 const BLOCK: usize = 4;
 /// Rows in the cache of a decode step; base tokens of a training step.
-const LENGTH: usize = 64;
+const LENGTH: usize = 32;
 
 /// One whole step.
 #[derive(Clone, Copy)]
@@ -40,7 +40,7 @@ enum Kind {
 impl Step {
     /// Decoding and training, at a small width and at that of a 135 M model (two of its layers).
     pub fn all() -> Vec<Step> {
-        let sizes = [(128, 2048), (576, 8192)];
+        let sizes = [(128, 2048), (576, 16_384)];
         let of = |kind| sizes.map(|(hidden, vocabulary)| Step { kind, hidden, vocabulary });
         [of(Kind::Decode), of(Kind::Train)].concat()
     }

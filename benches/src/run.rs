@@ -12,10 +12,10 @@ use crate::record::{CaseRecord, Record};
 use crate::suite::{Suite, entries};
 
 /// Rounds at least, whatever the budget, and at most.
-const FEWEST: usize = 8;
+const FEWEST: usize = 6;
 const MOST: usize = 240;
 /// Rounds in which the other clocks are read too.
-const ALL_CLOCKS: usize = 5;
+const ALL_CLOCKS: usize = 3;
 
 /// What to measure.
 pub struct Options {
@@ -33,7 +33,7 @@ impl Options {
     /// The budget of a suite where none is given: `quick` ends within a minute.
     pub fn budget(suite: &Suite) -> Duration {
         Duration::from_secs(match suite {
-            Suite::Quick => 40,
+            Suite::Quick => 36,
             Suite::Full => 600,
             Suite::Named(_) => 60,
         })

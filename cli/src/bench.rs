@@ -42,8 +42,8 @@ Examples:
   demask bench run --suite attention --markdown -
   demask bench run --json out.json --github github.json --bmf bencher.json
 
-Suites: quick (default; at most 0.35 GFLOP and 64 MB a call), full (all), or a part
-of a name. A wrong result is named, has no time, and makes the exit code 1.";
+Suites: quick (default; at most 0.28 GFLOP and 50 MB a call), full (all), or parts of
+names. A wrong result is named, has no time, and makes the exit code 1.";
 
 const COMPARE_EXAMPLES: &str = "\
 Examples:
@@ -98,7 +98,7 @@ enum Command {
 #[derive(clap::Args)]
 #[command(after_help = RUN_EXAMPLES)]
 struct RunArgs {
-    /// quick, full, or a part of the cases' names
+    /// quick, full, or parts of the cases' names, separated by commas
     #[arg(long, value_name = "SUITE", default_value = "quick")]
     suite: String,
 
@@ -110,7 +110,7 @@ struct RunArgs {
     #[arg(long, value_name = "HASH")]
     commit: Option<String>,
 
-    /// Seconds after which no further round begins [default: 40 quick, 600 full, 60 else]
+    /// Seconds after which no further round begins [default: 36 quick, 600 full, 60 else]
     #[arg(long, value_name = "SECONDS")]
     budget: Option<u64>,
 
@@ -195,7 +195,7 @@ struct AbArgs {
     /// The newer demask
     new: PathBuf,
 
-    /// quick, full, or a part of the cases' names
+    /// quick, full, or parts of the cases' names, separated by commas
     #[arg(long, value_name = "SUITE", default_value = "quick")]
     suite: String,
 
