@@ -1,52 +1,61 @@
-//! Every case that states a cost, forward and (where it has one) backward: time on the device where timestamps exist,
-//! as GFLOP/s and GB/s. What each stands for: benches/README.md.
+//! Every case that states a cost, and whole steps, under criterion: each is checked first, then timed on the session's
+//! clock (device timestamps on a GPU, processor time on a software adapter), with its wall time, its rates and its share
+//! of the limits measured on this device beside criterion's statistics.
 
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use demask_engine::gpu::{Gpu, GpuOptions};
-use demask_engine::ops::case::Case;
-use demask_engine::ops::cases;
-use demask_engine::tensor::Tensor;
+use demask_benches::export::time;
+use demask_benches::measure::{Prepared, Session};
+use demask_benches::record::{CaseRecord, Limits};
+use demask_benches::suite::{Suite, entries};
 
-fn inputs(gpu: &Gpu, case: &Case) -> Vec<Tensor> {
-    let values = case.inputs.iter().enumerate().map(|(i, input)| input.values(i as u64));
-    case.inputs.iter().zip(values).map(|(input, v)| input.upload(gpu, &v)).collect()
-}
-
-/// Device time of one call from timestamps; wall time up to a wait where there are none.
-fn time(gpu: &Gpu, case: &Case, inputs: &[Tensor], iterations: u64) -> Duration {
-    gpu.reset_stats();
-    let start = std::time::Instant::now();
-    for _ in 0..iterations {
-        (case.run)(inputs);
+/// One line a person can read; criterion keeps the statistics.
+fn line(session: &Session, prepared: &Prepared, limits: &Limits) -> demask_engine::Result<String> {
+    let mut times = Vec::new();
+    for _ in 0..3 {
+        times.push(session.times(prepared)?);
     }
-    gpu.sync().expect("the device works");
-    let device = gpu.stats().device_time();
-    if device.is_zero() { start.elapsed() } else { device }
+    let samples = session.round(std::slice::from_ref(prepared))?;
+    let case = CaseRecord::new(prepared, samples, &times);
+    let known = |t: Option<f64>| t.map_or("-".to_owned(), time);
+    Ok(format!(
+        "{:<70} device {:>11} wall {:>11} {:>8.2} GFLOP/s {:>8.2} GB/s {:>4.0} % of the limit",
+        case.name,
+        known(case.device),
+        known(case.wall),
+        case.gflops(),
+        case.gbytes(),
+        100.0 * case.of_limit(limits)
+    ))
 }
 
 fn ops(criterion: &mut Criterion) {
-    let gpu = Gpu::open(GpuOptions { timestamps: true, ..GpuOptions::default() })
-        .unwrap_or_else(|e| panic!("benches need an adapter: {e}"));
-    eprintln!("{}", gpu.adapter().describe());
-    for case in cases().iter().filter(|c| c.runs_on(&gpu)) {
-        let Some(cost) = case.cost else { continue };
-        let inputs = inputs(&gpu, case);
-        // One line a person can read; criterion keeps the statistics.
-        let once = time(&gpu, case, &inputs, 3) / 3;
-        let seconds = once.as_secs_f64();
-        eprintln!(
-            "{:<60} {:>10.3} ms {:>8.2} GFLOP/s {:>8.2} GB/s",
-            case.name,
-            seconds * 1e3,
-            cost.flops / seconds / 1e9,
-            cost.bytes / seconds / 1e9
-        );
-        let mut group = criterion.benchmark_group(case.name.split(' ').next().unwrap_or("op"));
+    let session = Session::open(None).unwrap_or_else(|e| panic!("benches need an adapter: {e}"));
+    let limits = session.limits().unwrap_or_else(|e| panic!("the limits: {e}"));
+    eprintln!("{}, {}", session.gpu.adapter().describe(), session.clock.describe());
+    eprintln!("limits {:.1} GFLOP/s, {:.1} GB/s, measured", limits.gflops, limits.gbytes);
+    // Only what criterion's own filter asks for is checked and uploaded.
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
+    for entry in
+        entries(&session.gpu, &Suite::Full).into_iter().filter(|e| e.name.contains(&filter))
+    {
+        let work = entry.make(&session.gpu).unwrap_or_else(|e| panic!("{e}"));
+        let prepared = match session.prepare(work).unwrap_or_else(|e| panic!("{e}")) {
+            Ok(prepared) => prepared,
+            Err((name, why)) => panic!("{name} gives a wrong result, so it has no time: {why}"),
+        };
+        eprintln!("{}", line(&session, &prepared, &limits).unwrap_or_else(|e| panic!("{e}")));
+        let mut group =
+            criterion.benchmark_group(prepared.work.name.split(' ').next().unwrap_or("op"));
         group.sample_size(10).warm_up_time(Duration::from_millis(200));
-        group.throughput(Throughput::Elements(cost.flops as u64));
-        group.bench_function(&case.name, |b| b.iter_custom(|n| time(&gpu, case, &inputs, n)));
+        group.throughput(Throughput::Elements(prepared.work.cost.flops as u64));
+        group.bench_function(&prepared.work.name, |b| {
+            b.iter_custom(|n| {
+                let seconds = session.sample(&prepared, n.min(u64::from(u32::MAX)) as u32);
+                Duration::from_secs_f64(seconds.unwrap_or_else(|e| panic!("{e}")) * n as f64)
+            });
+        });
         group.finish();
     }
 }

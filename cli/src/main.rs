@@ -6,6 +6,7 @@
 //! line that makes no sense.
 
 mod args;
+mod bench;
 mod demo;
 mod doctor;
 mod generate;
@@ -28,6 +29,7 @@ First steps:
   demask generate --model DIR --prompt 'def fib(n):'
   demask score --model DIR --file main.py
   demask train recipe.toml --out runs/first
+  demask bench run --json base.json
 
 The best GPU found is used; --adapter or the environment variable DEMASK_ADAPTER
 names another adapter. NO_COLOR turns colours off. Ctrl-C stops cleanly, a second
@@ -50,6 +52,7 @@ enum Command {
     Train(train::Args),
     Generate(generate::Args),
     Score(score::Args),
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
+        Command::Bench(args) => bench::run(args),
     };
     match result {
         Ok(code) => code,

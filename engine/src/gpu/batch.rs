@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::buffer::Allocation;
 use super::hash::FastMap;
 use super::kernel::{self, Layout, LayoutKey, MOST_BUFFERS, PipelineKey, kernel};
-use super::profile::{TIMED_DISPATCHES, Timestamps};
+use super::profile::{TIMED_DISPATCHES, Timestamps, VariantUse};
 use super::{BATCH, Buffer, Gpu, GpuInner, Kernel, PARAMS_SLOT, Variant};
 use crate::{Error, Result};
 
@@ -47,14 +47,26 @@ struct Condition {
 pub(super) struct Cache {
     layouts: HashMap<LayoutKey, Rc<Layout>>,
     /// By the hash of their key.
-    pipelines: FastMap<u64, Pipeline>,
+    pub pipelines: FastMap<u64, Pipeline>,
     pub groups: FastMap<GroupKey, wgpu::BindGroup>,
 }
 
-struct Pipeline {
+/// A compiled variant, and what reports need to know of it.
+pub(super) struct Pipeline {
     key: PipelineKey,
     raw: wgpu::ComputePipeline,
     layout: Rc<Layout>,
+    /// Of the expanded WGSL.
+    hash: u64,
+    /// Since the last reset of the counters.
+    pub dispatches: u64,
+}
+
+impl Pipeline {
+    pub fn used(&self) -> VariantUse {
+        let (variant, hash, dispatches) = (self.key.describe(), self.hash, self.dispatches);
+        VariantUse { variant, hash, dispatches }
+    }
 }
 
 /// The layout's counts, then the ids of the buffers, then zeros.
@@ -62,7 +74,12 @@ type GroupKey = [u64; 1 + MOST_BUFFERS];
 
 impl Cache {
     /// The pipeline of this variant, compiled if it is new.
-    fn pipeline(&mut self, inner: &GpuInner, variant: Variant<'_>, key: LayoutKey) -> &Pipeline {
+    fn pipeline(
+        &mut self,
+        inner: &GpuInner,
+        variant: Variant<'_>,
+        key: LayoutKey,
+    ) -> &mut Pipeline {
         let mut hash = variant.hash(key);
         // Two variants of one hash, should they ever meet, live side by side.
         while self.pipelines.get(&hash).is_some_and(|p| !p.key.is(variant, key)) {
@@ -73,11 +90,10 @@ impl Cache {
                 .layouts
                 .entry(key)
                 .or_insert_with(|| Rc::new(Layout::new(&inner.device, key, PARAMS_SLOT as u64)));
-            Pipeline {
-                key: PipelineKey::new(variant, key),
-                raw: kernel::compile(&inner.device, variant, layout, inner.options.checked),
-                layout: layout.clone(),
-            }
+            let checked = inner.options.checked;
+            let (raw, hash) = kernel::compile(&inner.device, variant, layout, checked);
+            let key = PipelineKey::new(variant, key);
+            Pipeline { key, raw, layout: layout.clone(), hash, dispatches: 0 }
         })
     }
 }
@@ -169,6 +185,7 @@ impl Gpu {
             *id = buffer.0.id;
         }
         let pipeline = cache.pipeline(inner, variant, layout_key);
+        pipeline.dispatches += 1;
         let (pipeline, layout) = (pipeline.raw.clone(), pipeline.layout.clone());
         let group = cache.groups.entry(key).or_insert_with(|| {
             inner.stats.borrow_mut().bind_groups += 1;

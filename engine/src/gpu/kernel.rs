@@ -122,6 +122,24 @@ impl PipelineKey {
             && self.constants == variant.constants
             && self.imports == variant.imports
     }
+
+    /// The kernel's name, then what was chosen.
+    pub fn describe(&self) -> String {
+        let mut text = self.name.to_owned();
+        for (constant, value) in &self.constants {
+            text += &format!(" {constant}={value}");
+        }
+        for (import, file) in &self.imports {
+            text += &format!(" {import}={file}");
+        }
+        text
+    }
+}
+
+/// FNV-1a, 64 bits.
+fn fnv(text: &str) -> u64 {
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
 impl Layout {
@@ -159,14 +177,14 @@ impl Layout {
     }
 }
 
-/// Compiles one variant. In unchecked mode the driver's robustness is all that stands between a wrong index
+/// Compiles one variant; also returns a hash of its expanded WGSL. In unchecked mode the driver's robustness is all that stands between a wrong index
 /// and foreign memory, which is why every kernel also runs its hostile shapes in checked mode in the tests.
 pub(super) fn compile(
     device: &wgpu::Device,
     variant: Variant<'_>,
     layout: &Layout,
     checked: bool,
-) -> wgpu::ComputePipeline {
+) -> (wgpu::ComputePipeline, u64) {
     let Kernel { name, source } = variant.kernel;
     let is_override = |constant: &str| {
         source::expand(name, source, variant.imports, &[])
@@ -175,6 +193,7 @@ pub(super) fn compile(
     let (overrides, consts): (Vec<_>, Vec<_>) =
         variant.constants.iter().copied().partition(|(constant, _)| is_override(constant));
     let text = source::expand(name, source, variant.imports, &consts);
+    let hash = fnv(&text);
     let descriptor = wgpu::ShaderModuleDescriptor {
         label: Some(name),
         source: wgpu::ShaderSource::Wgsl(text.into()),
@@ -189,7 +208,7 @@ pub(super) fn compile(
         }
     };
     let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
-    device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: Some(name),
         layout: Some(&layout.pipeline),
         module: &module,
@@ -200,5 +219,6 @@ pub(super) fn compile(
             zero_initialize_workgroup_memory: checked,
         },
         cache: None,
-    })
+    });
+    (pipeline, hash)
 }

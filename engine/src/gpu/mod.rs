@@ -23,7 +23,7 @@ pub use adapter::{ADAPTER_ENV, AdapterEntry, install_hint, list};
 pub use buffer::{Buffer, Memory};
 pub(crate) use kernel::kernel;
 pub use kernel::{Kernel, Variant};
-pub use profile::{KernelTime, Stats};
+pub use profile::{KernelTime, Stats, VariantUse};
 pub use read_back::ReadBack;
 
 use crate::{Error, Result};
@@ -232,13 +232,29 @@ impl Gpu {
     /// Counters since the last reset. Submits what is open, so that all recorded work is counted.
     pub fn stats(&self) -> Stats {
         self.flush();
-        self.0.stats.borrow().clone()
+        let mut stats = self.0.stats.borrow().clone();
+        let cache = self.0.cache.borrow();
+        let used = cache.pipelines.values().filter(|pipeline| pipeline.dispatches > 0);
+        stats.variants = used.map(|pipeline| pipeline.used()).collect();
+        stats.variants.sort_by(|a, b| a.variant.cmp(&b.variant));
+        stats
     }
 
     /// Sets all counters to zero.
     pub fn reset_stats(&self) {
         self.flush();
         *self.0.stats.borrow_mut() = Stats::default();
+        for pipeline in self.0.cache.borrow_mut().pipelines.values_mut() {
+            pipeline.dispatches = 0;
+        }
+    }
+
+    /// Switches the timing of kernels on or off from here on; where it is off, dispatches share passes as in use.
+    /// Without timestamp queries it stays off.
+    pub fn time_kernels(&self, on: bool) {
+        self.flush();
+        let can = self.has(wgpu::Features::TIMESTAMP_QUERY);
+        *self.0.timestamps.borrow_mut() = (on && can).then(|| Timestamps::new(&self.0.device));
     }
 }
 

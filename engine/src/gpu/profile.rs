@@ -12,6 +12,17 @@ pub struct KernelTime {
     pub time: Duration,
 }
 
+/// A kernel with its constants and imports, as it was compiled, and how often it was dispatched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VariantUse {
+    /// The kernel's name, then what was chosen: `matmul ADD=0 weight=weight_f32`.
+    pub variant: String,
+    /// FNV-1a of the expanded WGSL: tells two versions of a kernel apart.
+    pub hash: u64,
+    /// Dispatches recorded.
+    pub dispatches: u64,
+}
+
 /// Counters since the start or the last [`super::Gpu::reset_stats`].
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
@@ -28,6 +39,8 @@ pub struct Stats {
     pub submit_time: Duration,
     /// Device time per kernel; empty unless the device was opened with `timestamps`.
     pub kernels: BTreeMap<&'static str, KernelTime>,
+    /// What was dispatched, by variant, in order of their names.
+    pub variants: Vec<VariantUse>,
 }
 
 impl Stats {

@@ -332,6 +332,19 @@ mod cases {
     }
 
     fn reference(x: &[Array], mask: Mask, q_start: usize, spans: Option<&[u32]>) -> Array {
+        let rows = 0..x[0].data.len() / x[0].shape.last().max(1);
+        let out = rows.flat_map(|row| row_of(x, mask, q_start, spans, row)).collect();
+        Array::new(&x[0].shape, out)
+    }
+
+    /// One query head's output, [H].
+    fn row_of(
+        x: &[Array],
+        mask: Mask,
+        q_start: usize,
+        spans: Option<&[u32]>,
+        row: usize,
+    ) -> Vec<f64> {
         let (q, k, v) = (&x[0], &x[1], &x[2]);
         let &[_, tq, n, h] = &*q.shape else { panic!("four axes") };
         let &[_, tk, g, _] = &*k.shape else { panic!("four axes") };
@@ -344,25 +357,22 @@ mod cases {
             });
             in_document && allowed(mask, length, q_start, i, j)
         };
-        let mut out = Vec::with_capacity(q.data.len());
-        for row in 0..q.data.len() / h.max(1) {
-            let (b, i, head) = (row / (tq * n), row / n % tq, row % n);
-            let at = |j: usize| ((b * tk + j) * g + head / (n / g)) * h;
-            let keys: Vec<usize> = (0..tk).filter(|&j| sees(b, i, j)).collect();
-            let query = &q.data[row * h..][..h];
-            let dot = |j: usize| -> f64 {
-                query.iter().zip(&k.data[at(j)..][..h]).map(|(a, b)| a * b).sum::<f64>()
-            };
-            let scores: Vec<f64> = keys.iter().map(|&j| dot(j) / (h as f64).sqrt()).collect();
-            let top = scores.iter().copied().fold(f64::MIN, f64::max);
-            let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
-            let total: f64 = weights.iter().sum();
-            out.extend((0..h).map(|d| {
-                let sum = |(&j, w): (&usize, &f64)| w / total * v.data[at(j) + d];
-                keys.iter().zip(&weights).map(sum).sum::<f64>()
-            }));
-        }
-        Array::new(&q.shape, out)
+        let (b, i, head) = (row / (tq * n), row / n % tq, row % n);
+        let at = |j: usize| ((b * tk + j) * g + head / (n / g)) * h;
+        let keys: Vec<usize> = (0..tk).filter(|&j| sees(b, i, j)).collect();
+        let query = &q.data[row * h..][..h];
+        let dot = |j: usize| -> f64 {
+            query.iter().zip(&k.data[at(j)..][..h]).map(|(a, b)| a * b).sum::<f64>()
+        };
+        let scores: Vec<f64> = keys.iter().map(|&j| dot(j) / (h as f64).sqrt()).collect();
+        let top = scores.iter().copied().fold(f64::MIN, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let sum = |d: usize| {
+            let weighed = keys.iter().zip(&weights).map(|(&j, w)| w / total * v.data[at(j) + d]);
+            weighed.sum::<f64>()
+        };
+        (0..h).map(sum).collect()
     }
 
     /// Extents of one case: batch, query rows, key rows, heads, key heads, head dimension.
@@ -440,7 +450,10 @@ mod cases {
         };
         let flops = 4.0 * (b * pairs * n * h) as f64;
         let bytes = 4.0 * (b * (2 * tq * n + 2 * tk * g) * h) as f64;
-        case(mask, [b, tq, tk, n, g, h], q_start).cost(flops, bytes)
+        let case = case(mask, [b, tq, tk, n, g, h], q_start).cost(flops, bytes);
+        case.sampled(move |x, at| {
+            at.iter().map(|&i| row_of(x, mask, q_start, None, i / h)[i % h]).collect()
+        })
     }
 
     /// Attention's cases.
@@ -479,6 +492,15 @@ mod cases {
             cases.push(forced(kernel, 5, Causal, [2, 5, 70, 4, 2, 8], 65));
         }
         cases.push(forced(Few, 1, Full, [1, 6, 70, 4, 2, 72], 0));
+        // A training sequence, a block-diffusion pass over it, a decode step of one block, and a short sequence.
+        for (mask, tq, tk) in [
+            (Causal, 512, 512),
+            (TwoCopy(4), 1024, 1024),
+            (BlockCausal(4), 4, 512),
+            (Causal, 192, 192),
+        ] {
+            cases.push(bench(mask, [1, tq, tk, 9, 3, 64], tk - tq));
+        }
         for h in [64, 128] {
             for t in [512, 1024, 2048, 4096] {
                 cases.push(bench(Causal, [1, t, t, 8, 2, h], 0));

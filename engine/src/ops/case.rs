@@ -12,6 +12,8 @@ pub type Run = Box<dyn Fn(&[Tensor]) -> Tensor>;
 pub type Reference = Box<dyn Fn(&[Array]) -> Array>;
 /// Whether a device has what a case needs.
 pub type DeviceTest = Box<dyn Fn(&Gpu) -> bool>;
+/// The reference at some flat indices of the output only.
+pub type Sampled = Box<dyn Fn(&[Array], &[usize]) -> Vec<f64>>;
 
 /// One configuration of one op.
 pub struct Case {
@@ -23,6 +25,8 @@ pub struct Case {
     pub run: Run,
     /// The same from the formula, in f64.
     pub reference: Reference,
+    /// The reference at chosen outputs, where the whole of a bench's shape takes long.
+    pub sampled: Option<Sampled>,
     /// |got − want| ≤ absolute + relative · |want|, elementwise.
     pub tolerance: Tolerance,
     /// Work of one forward call; `None` keeps the case out of the benches.
@@ -84,10 +88,16 @@ impl Case {
             inputs,
             run: Box::new(run),
             reference: Box::new(reference),
+            sampled: None,
             tolerance: Tolerance::F32,
             cost: None,
             device: Box::new(|_| true),
         }
+    }
+
+    /// With a reference for single outputs.
+    pub fn sampled(self, f: impl Fn(&[Array], &[usize]) -> Vec<f64> + 'static) -> Case {
+        Case { sampled: Some(Box::new(f)), ..self }
     }
 
     /// With another tolerance.

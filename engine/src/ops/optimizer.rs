@@ -158,10 +158,9 @@ mod cases {
         )
     }
 
+    /// By a kernel, so that it is timed like the rest.
     fn copy(t: &Tensor) -> Tensor {
-        let to = t.empty_like("copy");
-        t.gpu().copy(t.buffer(), 0, to.buffer(), 0, t.buffer().bytes());
-        to
+        scale(&t.detach(), 1.0)
     }
 
     const SETTINGS: AdamW =
@@ -234,7 +233,8 @@ mod cases {
             step_case("mean square", &[3, 257], 2),
             step_case("empty", &[0, 5], 0),
             norm_case("bench", &[&[n]], 1.0).cost(3.0 * n as f64, 4.0 * n as f64),
-            step_case("bench", &[n], 0).cost(17.0 * n as f64, 48.0 * n as f64),
+            // Three copies (8 bytes an element each), the norm (4), and the step itself (28).
+            step_case("bench", &[n], 0).cost(20.0 * n as f64, 56.0 * n as f64),
         ];
         cases.extend(overflow_cases());
         cases

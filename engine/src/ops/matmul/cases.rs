@@ -6,17 +6,20 @@ use crate::ops::case::{Case, Input, Tolerance};
 use crate::tensor::host::Array;
 use crate::tensor::stored::{decode, encode};
 
+/// Element `i` of the product.
+fn element(a: &Array, b: &Array, layout: Layout, e: &Extents, i: usize) -> f64 {
+    let Extents { z, m, n, k, .. } = *e;
+    let (zi, mi, ni) = (i / (m * n) % z.max(1), i / n % m, i % n);
+    let at = |ki: usize| match layout {
+        Layout::NN => ((zi * m + mi) * k + ki, (zi * k + ki) * n + ni),
+        Layout::NT => ((zi * m + mi) * k + ki, (zi * n + ni) * k + ki),
+        Layout::TN => ((zi * k + ki) * m + mi, (zi * k + ki) * n + ni),
+    };
+    (0..k).map(at).map(|(ai, bi)| a.data[ai] * b.data[bi]).sum()
+}
+
 fn reference(a: &Array, b: &Array, layout: Layout, e: &Extents) -> Array {
-    let Extents { z, m, n, k, ref output } = *e;
-    Array::from_fn(output, |i| {
-        let (zi, mi, ni) = (i / (m * n) % z.max(1), i / n % m, i % n);
-        let at = |ki: usize| match layout {
-            Layout::NN => ((zi * m + mi) * k + ki, (zi * k + ki) * n + ni),
-            Layout::NT => ((zi * m + mi) * k + ki, (zi * n + ni) * k + ki),
-            Layout::TN => ((zi * k + ki) * m + mi, (zi * k + ki) * n + ni),
-        };
-        (0..k).map(at).map(|(ai, bi)| a.data[ai] * b.data[bi]).sum()
-    })
+    Array::from_fn(&e.output, |i| element(a, b, layout, e, i))
 }
 
 fn shapes(layout: Layout, z: &[usize], m: usize, n: usize, k: usize) -> (Shape, Shape, Extents) {
@@ -64,7 +67,10 @@ fn forced(kernel: MatmulKernel, layout: Layout, z: &[usize], m: usize, n: usize,
 fn bench(layout: Layout, m: usize, n: usize, k: usize) -> Case {
     let flops = 2.0 * (m * n * k) as f64;
     let bytes = 4.0 * (m * k + k * n + m * n) as f64;
-    case(layout, &[], m, n, k).cost(flops, bytes)
+    let (_, _, e) = shapes(layout, &[], m, n, k);
+    case(layout, &[], m, n, k)
+        .cost(flops, bytes)
+        .sampled(move |x, at| at.iter().map(|&i| element(&x[0], &x[1], layout, &e, i)).collect())
 }
 
 /// residual + A · B, through each kernel's way of adding it.

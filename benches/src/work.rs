@@ -1,0 +1,130 @@
+//! One thing that is timed: an op's case or a whole step, what it costs, and how its result is checked.
+
+use demask_engine::gpu::Gpu;
+use demask_engine::ops::case::{Case, Cost, Tolerance};
+use demask_engine::philox::Philox;
+use demask_engine::tensor::Tensor;
+
+/// Outputs that are compared where the whole reference takes long: one drawn from each of as many equal stretches, so
+/// that a wrong tile, row or column is hit many times.
+const SAMPLED: usize = 4096;
+
+/// What was compared, and how far off the worst was.
+#[derive(Clone, Copy, Debug)]
+pub struct Checked {
+    /// Values compared.
+    pub values: usize,
+    /// Of this many.
+    pub of: usize,
+    /// Largest error in units of what is allowed.
+    pub worst: f64,
+}
+
+/// Ready to run on a device.
+pub struct Work {
+    /// Unique; an op's case by its own name, a step by `step …`.
+    pub name: String,
+    /// Work of one call.
+    pub cost: Cost,
+    /// Records one call; returns what is checked.
+    pub run: Box<dyn Fn() -> Vec<Tensor>>,
+    /// Holds what a call returned against an f64 reference.
+    pub check: Box<dyn Fn(&[Tensor]) -> Result<Checked, String>>,
+}
+
+impl Work {
+    /// An op's case with its inputs on the device.
+    pub fn of_case(gpu: &Gpu, case: Case) -> Work {
+        let values = |case: &Case| -> Vec<_> {
+            case.inputs.iter().enumerate().map(|(i, input)| input.values(i as u64)).collect()
+        };
+        let inputs: Vec<Tensor> =
+            case.inputs.iter().zip(values(&case)).map(|(i, v)| i.upload(gpu, &v)).collect();
+        let case = std::rc::Rc::new(case);
+        let ran = case.clone();
+        Work {
+            name: case.name.clone(),
+            cost: case.cost.expect("only cases that state their cost are timed"),
+            run: Box::new(move || vec![(ran.run)(&inputs)]),
+            // References and their inputs are many times the size of the op's: they live only while they are needed.
+            check: Box::new(move |outputs| {
+                let got = outputs[0].to_vec().map_err(|e| e.to_string())?;
+                let values = values(&case);
+                let (at, want) = match &case.sampled {
+                    Some(sampled) if got.len() > SAMPLED => {
+                        let at = draw(got.len(), SAMPLED);
+                        let want = sampled(&values, &at);
+                        (at, want)
+                    }
+                    _ => {
+                        let want = (case.reference)(&values);
+                        if want.shape != *outputs[0].shape() {
+                            return Err(format!(
+                                "shape {} instead of {}",
+                                outputs[0].shape(),
+                                want.shape
+                            ));
+                        }
+                        ((0..got.len()).collect(), want.data)
+                    }
+                };
+                compare(&got, &at, &want, case.tolerance)
+            }),
+        }
+    }
+}
+
+/// One index from each of `n` stretches of `0..of`.
+fn draw(of: usize, n: usize) -> Vec<usize> {
+    let mut random = Philox::new(17, [of as u32, 0, 0]);
+    let at = |i: usize| (i * of / n, (i + 1) * of / n);
+    (0..n).map(at).map(|(from, to)| from + random.below((to - from) as u32) as usize).collect()
+}
+
+/// `got` at the indices `at` against `want`; NaN differs from everything.
+pub fn compare(
+    got: &[f32],
+    at: &[usize],
+    want: &[f64],
+    tolerance: Tolerance,
+) -> Result<Checked, String> {
+    let mut worst = 0.0f64;
+    let mut wrong = Vec::new();
+    for (&i, &want) in at.iter().zip(want) {
+        let allowed = tolerance.absolute + tolerance.relative * want.abs();
+        let error = (f64::from(got[i]) - want).abs() / allowed;
+        if error.is_nan() || error > 1.0 {
+            wrong.push(format!("[{i}] is {} instead of {want}", got[i]));
+        }
+        worst = worst.max(error);
+    }
+    match wrong.first() {
+        None => Ok(Checked { values: at.len(), of: got.len(), worst }),
+        Some(first) => {
+            Err(format!("{} of {} values compared are wrong, as {first}", wrong.len(), at.len()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_hits_every_tile() {
+        let (rows, columns, tile) = (512, 384, 16);
+        let mut hit = vec![0; rows / tile * columns / tile];
+        for i in draw(rows * columns, SAMPLED) {
+            hit[i / columns / tile * (columns / tile) + i % columns / tile] += 1;
+        }
+        assert!(hit.iter().all(|&n| n > 0));
+    }
+
+    #[test]
+    fn wrong_values_and_nan_are_found() {
+        let check = |got: &[f32]| compare(got, &[0, 1], &[1.0, 2.0], Tolerance::F32);
+        assert!(check(&[1.0, 2.0]).is_ok_and(|c| c.worst == 0.0));
+        assert!(check(&[1.0, 2.001]).unwrap_err().contains("[1] is 2.001 instead of 2"));
+        assert!(check(&[f32::NAN, 2.0]).is_err());
+    }
+}
