@@ -87,6 +87,7 @@ pub(super) const MOST_BUFFERS: usize = 8;
 
 /// What tells one compiled pipeline from another. The text of a kernel is told by its place in memory.
 pub(super) struct PipelineKey {
+    name: &'static str,
     source: usize,
     constants: Vec<(&'static str, u32)>,
     imports: Vec<(&'static str, &'static str)>,
@@ -108,6 +109,7 @@ pub(super) struct Layout {
 impl PipelineKey {
     pub fn new(variant: Variant<'_>, layout: LayoutKey) -> Self {
         PipelineKey {
+            name: variant.kernel.name,
             source: variant.kernel.source.as_ptr() as usize,
             constants: variant.constants.to_vec(),
             imports: variant.imports.to_vec(),
