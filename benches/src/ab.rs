@@ -35,7 +35,6 @@ struct Hello {
     commit: Option<String>,
     device: Device,
     clock: Clock,
-    limits: Limits,
     names: Vec<String>,
 }
 
@@ -49,6 +48,8 @@ enum Ask {
     Sample(String, u32),
     /// Both controls: answers two times.
     Control,
+    /// The device's limits: answers [`Limits`].
+    Limits,
 }
 
 /// Serves a parent over stdin and stdout until stdin ends.
@@ -60,7 +61,6 @@ pub fn work(suite: &Suite, adapter: Option<String>) -> Result<()> {
         commit: built_from(),
         device: Device::of(&session.gpu),
         clock: session.clock,
-        limits: session.limits()?,
         names: left.iter().map(|e| e.name.clone()).collect(),
     };
     let mut out = std::io::stdout().lock();
@@ -93,6 +93,7 @@ pub fn work(suite: &Suite, adapter: Option<String>) -> Result<()> {
                 session.sample(found.context("a case that was not prepared")?, calls)?.into()
             }
             Ask::Control => session.control()?.to_vec().into(),
+            Ask::Limits => serde_json::to_value(session.limits()?)?,
         })?;
     }
     Ok(())
@@ -256,7 +257,12 @@ struct Interleaved {
 
 impl Interleaved {
     fn start(options: &Options, only: Option<&[String]>) -> Result<Interleaved> {
-        let workers = Self::workers(options)?;
+        let mut workers = Self::workers(options)?;
+        // One device, so one measurement of what it can do; a confirmation keeps no record.
+        let limits: Limits = match only {
+            None => workers[0].ask(&Ask::Limits)?,
+            Some(_) => Limits { gflops: 1.0, gbytes: 1.0 },
+        };
         let [a, b] = [&workers[0].hello, &workers[1].hello];
         let unlike = a.device.unlike(&b.device);
         ensure!(unlike.is_empty(), "the two programs use different devices: {}", unlike.join("; "));
@@ -273,7 +279,7 @@ impl Interleaved {
         let stamp = stamp.map_or(1, |t| t.as_nanos() as u64 >> 10);
         let record = |h: &Hello| {
             let mut record =
-                Record::new(suite, h.commit.clone(), h.device.clone(), h.clock, h.limits);
+                Record::new(suite, h.commit.clone(), h.device.clone(), h.clock, limits);
             record.made.session = Some(stamp);
             // Not this program's own commit, if the worker has none.
             record.made.commit = h.commit.clone();

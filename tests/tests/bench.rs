@@ -227,7 +227,7 @@ fn a_wrong_kernel_has_no_time() {
         add_scalar(&t[0], if calls.get() > 2 { 1e-6 } else { 0.0 })
     };
     let case = Case::new("unsteady", inputs, run, |x| x[0].clone()).cost(1.0, 1.0);
-    let unsteady = prepare(case).ok().expect("right at first");
+    let unsteady = prepare(case).expect("right at first");
     assert!(session.confirm(&unsteady).unwrap().is_err());
 }
 
