@@ -27,6 +27,8 @@ const PROTOCOL: u32 = 1;
 const FIRST: usize = 24;
 const MORE: usize = 12;
 const MOST: usize = 400;
+/// Quads without which nothing is decided, as far as the budget goes: of fewer even the interval is a guess.
+const LEAST: usize = 40;
 
 /// What a worker says first.
 #[derive(Serialize, Deserialize)]
@@ -380,19 +382,21 @@ impl Interleaved {
     ) -> Result<ControlFlow<()>> {
         while Instant::now() < until {
             let comparison = self.compare(options.threshold);
-            let open = |r: &&crate::compare::Row| {
-                r.change.is_some_and(|c| c.low <= options.threshold && c.high > options.threshold)
-            };
-            let few = |name: &str| {
+            let quads = |name: &str| {
                 let case = self.records[0].cases.iter().find(|c| c.name == name);
-                case.is_some_and(|c| c.samples.len() < 2 * MOST)
+                case.map_or(0, |c| c.samples.len() / 2)
+            };
+            let open = |r: &&crate::compare::Row| {
+                let near =
+                    |c: stats::Change| c.low <= options.threshold && c.high > options.threshold;
+                r.change.is_some_and(|c| near(c) || quads(&r.name) < LEAST)
             };
             let names: Vec<String> = comparison
                 .rows
                 .iter()
                 .filter(open)
                 .map(|r| r.name.clone())
-                .filter(|n| few(n))
+                .filter(|n| quads(n) < MOST)
                 .collect();
             if names.is_empty() {
                 break;
