@@ -60,7 +60,7 @@ fn a_run_is_recorded_compared_and_reported() {
     for case in &record.cases {
         assert!(case.checked.is_some_and(|c| c.values == c.of && c.worst <= 1.0), "{case:?}");
         assert!(case.kernels.iter().all(|k| k.hash.len() == 16 && k.dispatches == 1), "{case:?}");
-        assert!(case.samples.len() >= 6 && case.wall.is_some_and(|w| w > 0.0));
+        assert!(case.samples.len() >= 3 && case.wall.is_some_and(|w| w > 0.0));
         assert!(case.gflops() > 0.0 && case.gbytes() > 0.0);
     }
     assert_eq!(record.cases[1].kernels[0].variant, "swiglu");
