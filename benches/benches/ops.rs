@@ -1,6 +1,6 @@
-//! Every case that states a cost, and whole steps, under criterion: each is checked first, then timed on the session's
-//! clock (device timestamps on a GPU, processor time on a software adapter), with its wall time, its rates and its share
-//! of the limits measured on this device beside criterion's statistics.
+//! Every case that states a cost, and whole steps, under criterion: each is checked first, then timed on the
+//! session's clock (device timestamps on a GPU, processor time on a software adapter), with its wall time, its rates
+//! and its share of the limits measured on this device beside criterion's statistics.
 
 use std::time::Duration;
 

@@ -27,6 +27,8 @@ const PROTOCOL: u32 = 1;
 const FIRST: usize = 24;
 const MORE: usize = 12;
 const MOST: usize = 400;
+/// Quads without which nothing is decided, as far as the budget goes: of fewer even the interval is a guess.
+const LEAST: usize = 40;
 
 /// What a worker says first.
 #[derive(Serialize, Deserialize)]
@@ -35,7 +37,6 @@ struct Hello {
     commit: Option<String>,
     device: Device,
     clock: Clock,
-    limits: Limits,
     names: Vec<String>,
 }
 
@@ -49,6 +50,8 @@ enum Ask {
     Sample(String, u32),
     /// Both controls: answers two times.
     Control,
+    /// The device's limits: answers [`Limits`].
+    Limits,
 }
 
 /// Serves a parent over stdin and stdout until stdin ends.
@@ -60,7 +63,6 @@ pub fn work(suite: &Suite, adapter: Option<String>) -> Result<()> {
         commit: built_from(),
         device: Device::of(&session.gpu),
         clock: session.clock,
-        limits: session.limits()?,
         names: left.iter().map(|e| e.name.clone()).collect(),
     };
     let mut out = std::io::stdout().lock();
@@ -93,6 +95,7 @@ pub fn work(suite: &Suite, adapter: Option<String>) -> Result<()> {
                 session.sample(found.context("a case that was not prepared")?, calls)?.into()
             }
             Ask::Control => session.control()?.to_vec().into(),
+            Ask::Limits => serde_json::to_value(session.limits()?)?,
         })?;
     }
     Ok(())
@@ -256,7 +259,12 @@ struct Interleaved {
 
 impl Interleaved {
     fn start(options: &Options, only: Option<&[String]>) -> Result<Interleaved> {
-        let workers = Self::workers(options)?;
+        let mut workers = Self::workers(options)?;
+        // One device, so one measurement of what it can do; a confirmation keeps no record.
+        let limits: Limits = match only {
+            None => workers[0].ask(&Ask::Limits)?,
+            Some(_) => Limits { gflops: 1.0, gbytes: 1.0 },
+        };
         let [a, b] = [&workers[0].hello, &workers[1].hello];
         let unlike = a.device.unlike(&b.device);
         ensure!(unlike.is_empty(), "the two programs use different devices: {}", unlike.join("; "));
@@ -273,7 +281,7 @@ impl Interleaved {
         let stamp = stamp.map_or(1, |t| t.as_nanos() as u64 >> 10);
         let record = |h: &Hello| {
             let mut record =
-                Record::new(suite, h.commit.clone(), h.device.clone(), h.clock, h.limits);
+                Record::new(suite, h.commit.clone(), h.device.clone(), h.clock, limits);
             record.made.session = Some(stamp);
             // Not this program's own commit, if the worker has none.
             record.made.commit = h.commit.clone();
@@ -374,19 +382,21 @@ impl Interleaved {
     ) -> Result<ControlFlow<()>> {
         while Instant::now() < until {
             let comparison = self.compare(options.threshold);
-            let open = |r: &&crate::compare::Row| {
-                r.change.is_some_and(|c| c.low <= options.threshold && c.high > options.threshold)
-            };
-            let few = |name: &str| {
+            let quads = |name: &str| {
                 let case = self.records[0].cases.iter().find(|c| c.name == name);
-                case.is_some_and(|c| c.samples.len() < 2 * MOST)
+                case.map_or(0, |c| c.samples.len() / 2)
+            };
+            let open = |r: &&crate::compare::Row| {
+                let near =
+                    |c: stats::Change| c.low <= options.threshold && c.high > options.threshold;
+                r.change.is_some_and(|c| near(c) || quads(&r.name) < LEAST)
             };
             let names: Vec<String> = comparison
                 .rows
                 .iter()
                 .filter(open)
                 .map(|r| r.name.clone())
-                .filter(|n| few(n))
+                .filter(|n| quads(n) < MOST)
                 .collect();
             if names.is_empty() {
                 break;

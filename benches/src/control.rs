@@ -9,8 +9,8 @@ const COPY: Kernel = Kernel::new("limit_copy", include_str!("../shaders/limit_co
 
 /// Threads of the multiply-add kernel: enough to fill a large GPU; a software adapter has a few cores.
 const THREADS: [u32; 2] = [1 << 18, 1 << 11];
-/// Bytes that the copy reads: for the limit more than most caches hold, as a control no more than shows the state of the
-/// memory. A GPU and a software adapter.
+/// Bytes that the copy reads: for the limit more than most caches hold, as a control no more than shows the state of
+/// the memory. A GPU and a software adapter.
 const LIMIT_BYTES: [u64; 2] = [256 << 20, 96 << 20];
 const CONTROL_BYTES: [u64; 2] = [64 << 20, 4 << 20];
 

@@ -15,8 +15,8 @@ h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.5rem;border-top:1px solid #
 h3{font-size:1rem;margin-bottom:.3rem}
 p.facts{color:#4a5568;margin:.2rem 0}
 table{border-collapse:collapse;width:100%;font-size:.86rem}
-th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid #e6e9ee;vertical-align:top}
-th{font-weight:600;color:#4a5568}td.name,th.name,td.text,th.text{text-align:left}
+th,td{text-align:right;white-space:nowrap;padding:.25rem .5rem;border-bottom:1px solid #e6e9ee;vertical-align:top}
+th{font-weight:600;color:#4a5568}td.name,th.name,td.text,th.text,td.wrong{text-align:left;white-space:normal}
 td.wrong{color:#b3261e;text-align:left}
 td.text{font-family:ui-monospace,monospace;font-size:.75rem;color:#4a5568;max-width:22rem;overflow-wrap:anywhere}
 svg{max-width:100%;height:auto}
@@ -71,8 +71,8 @@ fn section(title: &str, records: &[&Record]) -> Result<String> {
     }
     let timed: Vec<&CaseRecord> = newest.cases.iter().filter(|c| c.wrong.is_none()).collect();
     if !timed.is_empty() {
-        text += "<h3>Roofline</h3>\n<p class=\"facts\">Each number is a case of the table below. On the slope memory \
-                 is the limit, on the roof arithmetic; a case whose data stay in a cache may lie above the slope.</p>\n";
+        text += "<h3>Roofline</h3>\n<p class=\"facts\">Each number is a case of the table below. On the slope memory is \
+                 the limit, on the roof arithmetic; a case whose data stay in a cache may lie above it.</p>\n";
         text += &roofline(newest, &timed)?;
     }
     text += "<h3>Cases</h3>\n";
@@ -166,6 +166,8 @@ fn roofline(record: &Record, cases: &[&CaseRecord]) -> Result<String> {
             .configure_mesh()
             .light_line_style(RGBColor(240, 242, 245))
             .bold_line_style(RGBColor(222, 226, 232))
+            .label_style(("sans-serif", 13))
+            .axis_desc_style(("sans-serif", 14))
             .x_desc("floating-point operations per byte")
             .y_desc("GFLOP/s")
             .draw()

@@ -10,8 +10,8 @@ use crate::control::Control;
 use crate::record::Limits;
 use crate::work::{Checked, Work};
 
-/// Shortest sample, by the clock, and shortest sample of a control. A software adapter's are short: between two slices of
-/// other programs, so that most are not interrupted at all, which the median then finds.
+/// Shortest sample, by the clock, and shortest sample of a control. A software adapter's are short: between two
+/// slices of other programs, so that most are not interrupted at all, which the median then finds.
 const SAMPLE: [f64; 2] = [6e-3, 2.5e-3];
 const CONTROL: f64 = 1.5e-3;
 /// Calls in one sample at most.
@@ -117,7 +117,8 @@ impl Session {
         Ok(Session { gpu, clock, fma, copy })
     }
 
-    /// Checks a work, warms it up, and finds how many calls make a sample. An `Err` of the inner kind is a wrong result.
+    /// Checks a work, warms it up, and finds how many calls make a sample. An `Err` of the inner kind is a wrong
+    /// result.
     pub fn prepare(&self, work: Work) -> Result<std::result::Result<Prepared, (String, String)>> {
         let outputs = (work.run)();
         self.gpu.sync()?;
@@ -157,8 +158,8 @@ impl Session {
         Ok(samples)
     }
 
-    /// Seconds of one of `calls` calls, behind one that is not timed where calls are short: it brings the data back into
-    /// the caches from which the last case has driven them.
+    /// Seconds of one of `calls` calls, behind one that is not timed where calls are short: it brings the data back
+    /// into the caches from which the last case has driven them.
     pub fn sample(&self, prepared: &Prepared, calls: u32) -> Result<f64> {
         if calls > 1 {
             drop((prepared.work.run)());

@@ -285,7 +285,11 @@ impl Record {
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let fail = || format!("cannot write {}", path.display());
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(fail)?;
+    let mut builder = tempfile::Builder::new();
+    // A temporary file is its owner's alone; this one is for others to read, as far as the umask lets them.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).with_context(fail)?;
     file.write_all(text.as_bytes()).with_context(fail)?;
     file.persist(path).map_err(|e| e.error).with_context(fail)?;
     Ok(())

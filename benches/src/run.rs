@@ -12,7 +12,7 @@ use crate::record::{CaseRecord, Record};
 use crate::suite::{Suite, entries};
 
 /// Rounds at least, whatever the budget, and at most.
-const FEWEST: usize = 6;
+const FEWEST: usize = 3;
 const MOST: usize = 240;
 /// Rounds in which the other clocks are read too.
 const ALL_CLOCKS: usize = 3;

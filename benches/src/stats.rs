@@ -1,10 +1,10 @@
-//! How large a change is, and how sure that is. All on logarithms of times, so a change is a ratio; all robust, because a
-//! sample that something interrupted is no news about the kernel.
+//! How large a change is, and how sure that is. All on logarithms of times, so a change is a ratio; all robust,
+//! because a sample that something interrupted is no news about the kernel.
 //!
 //! *Paired* samples were taken in turn, so what slows the machine slows both: their differences are the change.
-//! *Unpaired* samples are of two runs. Then log t = case + change · [new] + a · log fma + b · log copy is fitted to both
-//! runs together: a and b say how this case feels what the two controls felt. They are known within limits only, so the
-//! interval grows with what the controls moved between the runs.
+//! *Unpaired* samples are of two runs. Then log t = case + change · [new] + a · log fma + b · log copy is fitted to
+//! both runs together: a and b say how this case feels what the two controls felt. They are known within limits only,
+//! so the interval grows with what the controls moved between the runs.
 //!
 //! Intervals are the bootstrap's deviation times the normal quantile; blocks of neighbours are drawn together, because
 //! what disturbs one sample disturbs the next.
@@ -72,8 +72,8 @@ fn normal_quantile(p: f64) -> f64 {
     t - above / below
 }
 
-/// Change of pairs taken in turn; the order within a pair alternates, so two neighbours make one difference from which a
-/// steady drift is gone.
+/// Change of pairs taken in turn; the order within a pair alternates, so two neighbours make one difference from
+/// which a steady drift is gone.
 pub fn paired(base: &[Sample], new: &[Sample], quantile: f64) -> Change {
     let differences: Vec<f64> =
         base.iter().zip(new).map(|(a, b)| b.seconds.ln() - a.seconds.ln()).collect();
@@ -188,7 +188,8 @@ fn deviation(values: &[f64]) -> f64 {
 mod tests {
     use super::*;
 
-    /// A noisy machine: its speed drifts and jumps, single samples are interrupted, each control feels it in its own way.
+    /// A noisy machine: its speed drifts and jumps, single samples are interrupted, each control feels it in its own
+    /// way.
     struct Machine {
         random: Philox,
         state: f64,

@@ -20,6 +20,9 @@ pub struct Checked {
     pub worst: f64,
 }
 
+/// Holds results against a reference; the error says what is wrong.
+pub type Check = Box<dyn Fn(&[Tensor]) -> Result<Checked, String>>;
+
 /// Ready to run on a device.
 pub struct Work {
     /// Unique; an op's case by its own name, a step by `step …`.
@@ -29,7 +32,7 @@ pub struct Work {
     /// Records one call; returns what is checked.
     pub run: Box<dyn Fn() -> Vec<Tensor>>,
     /// Holds what a call returned against an f64 reference.
-    pub check: Box<dyn Fn(&[Tensor]) -> Result<Checked, String>>,
+    pub check: Check,
 }
 
 impl Work {

@@ -60,7 +60,7 @@ fn a_run_is_recorded_compared_and_reported() {
     for case in &record.cases {
         assert!(case.checked.is_some_and(|c| c.values == c.of && c.worst <= 1.0), "{case:?}");
         assert!(case.kernels.iter().all(|k| k.hash.len() == 16 && k.dispatches == 1), "{case:?}");
-        assert!(case.samples.len() >= 6 && case.wall.is_some_and(|w| w > 0.0));
+        assert!(case.samples.len() >= 3 && case.wall.is_some_and(|w| w > 0.0));
         assert!(case.gflops() > 0.0 && case.gbytes() > 0.0);
     }
     assert_eq!(record.cases[1].kernels[0].variant, "swiglu");
@@ -227,7 +227,7 @@ fn a_wrong_kernel_has_no_time() {
         add_scalar(&t[0], if calls.get() > 2 { 1e-6 } else { 0.0 })
     };
     let case = Case::new("unsteady", inputs, run, |x| x[0].clone()).cost(1.0, 1.0);
-    let unsteady = prepare(case).ok().expect("right at first");
+    let unsteady = prepare(case).expect("right at first");
     assert!(session.confirm(&unsteady).unwrap().is_err());
 }
 
