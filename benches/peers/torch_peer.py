@@ -185,12 +185,12 @@ try:
 
     torch.set_num_threads(os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
-        missing = f"torch {torch.__version__} finds no CUDA device"
+        missing = ""
 except ImportError as e:
     missing = f"{sys.executable}: {e}; pip install torch numpy, or name another Python with --python"
 
 for line in sys.stdin:
-    if missing:
+    if missing is not None:
         reply = {"skip": missing}
     else:
         try:

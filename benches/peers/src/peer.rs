@@ -129,7 +129,9 @@ impl Peer {
             Peer::LlamaVulkan => {
                 let mut command = script(programs.gpu("node"), "llama_cpp.mjs", "vulkan");
                 // Without it llama.cpp passes over adapters that are processors.
-                command.env("GGML_VK_VISIBLE_DEVICES", "0");
+                if std::env::var_os("GGML_VK_VISIBLE_DEVICES").is_none() {
+                    command.env("GGML_VK_VISIBLE_DEVICES", "0");
+                }
                 command
             }
             Peer::LlamaCpu => script(Command::new("node"), "llama_cpp.mjs", "cpu"),
@@ -140,7 +142,7 @@ impl Peer {
 /// Why a peer takes no part in a row.
 #[derive(Debug)]
 pub enum Out {
-    /// It is not installed or cannot do this work; the text says which, and the remedy.
+    /// It is not installed or cannot do this work; the text says which, and the remedy. Empty where none exists.
     Skipped(String),
     /// It broke.
     Failed(String),

@@ -49,11 +49,12 @@ pub struct Measured {
 }
 
 impl Row {
-    /// False if results differ, or if demask itself did not run.
+    /// False if results differ, or if demask itself broke.
     pub fn is_good(&self) -> bool {
         match &self.outcome {
             Ok(measured) => measured.agrees,
-            Err(_) => self.peer != Peer::Demask,
+            Err(Out::Skipped(_)) => true,
+            Err(Out::Failed(_)) => self.peer != Peer::Demask,
         }
     }
 }
@@ -92,6 +93,8 @@ pub fn race(
                 };
                 (device, state)
             }
+            // Nothing that could be installed would help: no row.
+            Err(Out::Skipped(why)) if why.is_empty() => continue,
             Err(out) => (String::new(), Err(out)),
         };
         lanes.push(Lane { peer, device, state });
