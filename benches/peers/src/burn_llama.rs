@@ -29,7 +29,7 @@ pub fn wait<const D: usize>(x: Tensor<D>) -> Result<()> {
 
 /// The elements.
 pub fn numbers<const D: usize>(x: Tensor<D>) -> Result<Vec<f32>> {
-    x.into_data().to_vec().map_err(|e| anyhow!("Burn gives no data: {e:?}"))
+    x.into_data().try_to_vec().map_err(|e| anyhow!("Burn gives no data: {e:?}"))
 }
 
 /// Grouped-query attention: q [B, N, T, H], k and v [B, G, T, H]; causal without a mask, which is true where a query

@@ -155,7 +155,7 @@ mod with_burn {
     use burn::tensor::{FloatDType, Tensor, TensorData};
 
     use super::*;
-    use crate::burn_llama::{device, wait};
+    use crate::burn_llama::{device, numbers, wait};
 
     struct Burn {
         a: Tensor<2>,
@@ -187,17 +187,21 @@ mod with_burn {
 
         fn results(&mut self) -> Result<Results> {
             let y = self.y.clone().expect("run first").cast(FloatDType::F32);
-            Ok(sampled(&y.into_data().to_vec::<f32>().map_err(|e| anyhow::anyhow!("{e:?}"))?))
+            Ok(sampled(&numbers(y)?))
         }
     }
 }
 
 #[cfg(feature = "meganeura")]
-pub use with_meganeura::{describe, meganeura};
+pub use with_meganeura::{describe, meganeura, open};
 
 #[cfg(feature = "meganeura")]
 mod with_meganeura {
-    use ::meganeura::{Graph, Session, SessionConfig, build};
+    use std::sync::Arc;
+
+    use ::meganeura::{
+        CoopPolicy, GpuOptions, Graph, Session, SessionConfig, build, init_gpu_context_with,
+    };
 
     use super::*;
 
@@ -217,10 +221,22 @@ mod with_meganeura {
         let y = graph.matmul(a, b);
         graph.set_outputs(vec![y]);
         let config = SessionConfig { tune: true, ..SessionConfig::inference_from_env() };
-        let mut session = build(&graph, config).0;
+        let mut session = open(&graph, config)?;
         session.set_input("a", &values(m * k, 1));
         session.set_parameter("b", &crate::checkpoint::transposed(&values(n * k, 2), n, k));
         Ok(Prepared::Job(describe(&session), Box::new(Meganeura { session, len: m * n })))
+    }
+
+    /// Builds a session. Software adapters only imitate cooperative matrices: there it runs without, eight times
+    /// as fast.
+    pub fn open(graph: &Graph, mut config: SessionConfig<'_>) -> Result<Session> {
+        let gpu = init_gpu_context_with(GpuOptions::from_env())
+            .map_err(|e| anyhow::anyhow!("meganeura opens no device: {e:?}"))?;
+        if gpu.device_information().is_software_emulated {
+            config.runtime.coop = CoopPolicy::Disabled;
+        }
+        config.gpu = Some(Arc::new(gpu));
+        Ok(build(graph, config).0)
     }
 
     /// The device's name and driver.

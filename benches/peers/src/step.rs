@@ -145,7 +145,7 @@ mod with_meganeura {
     use ::meganeura::models::smollm2::{
         SmolLM2Config, build_training_graph, transposed_weight_names, weight_names,
     };
-    use ::meganeura::{Session, SessionConfig, build};
+    use ::meganeura::{Session, SessionConfig};
 
     use super::*;
     use crate::checkpoint::Checkpoint;
@@ -170,7 +170,7 @@ mod with_meganeura {
             tie_word_embeddings: true,
         };
         let graph = build_training_graph(&config, tokens);
-        let mut session = build(&graph, SessionConfig::from_env()).0;
+        let mut session = crate::matmul::open(&graph, SessionConfig::from_env())?;
         let turned = transposed_weight_names(&config);
         for name in weight_names(&config) {
             let values = match turned.contains(&name) {
