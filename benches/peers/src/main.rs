@@ -41,7 +41,7 @@ struct Options {
     /// Two rounds of the smallest work of each kind: shows that everything runs, not how fast
     #[arg(long, global = true)]
     quick: bool,
-    /// Only these peers, by the first word of their name, comma-separated: demask,burn,meganeura,openblas,pytorch,llama.cpp
+    /// Only these peers, comma-separated: demask, burn, meganeura, openblas, pytorch, llama.cpp
     #[arg(long, global = true, value_delimiter = ',')]
     peers: Vec<String>,
     /// Hugging Face folder or GGUF file for `step`; random weights of the same shape if not given
