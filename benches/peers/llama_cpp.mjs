@@ -1,0 +1,78 @@
+// llama.cpp as a peer: node llama_cpp.mjs vulkan|cpu. One JSON object a line in, one out; see src/peer.rs.
+
+import { availableParallelism } from "node:os";
+import { createInterface } from "node:readline";
+
+const device = process.argv[2];
+// Under a runner that is a loader, Node takes the loader for itself.
+if (process.env.DEMASK_PEERS_RUNNER) {
+  process.execPath = new URL("node_under_runner.sh", import.meta.url).pathname;
+}
+let llama, sequence, work, answer;
+
+async function setup(setup) {
+  let library;
+  try {
+    library = await import(new URL(".cache/node_modules/node-llama-cpp/dist/index.js", import.meta.url));
+  } catch (e) {
+    return { skip: `node-llama-cpp is not installed (${e.code}); run benches/peers/prepare.sh` };
+  }
+  try {
+    llama = await library.getLlama({
+      gpu: device === "vulkan" ? "vulkan" : false,
+      build: "never",
+      skipDownload: true,
+      progressLogs: false,
+      logLevel: "error",
+      maxThreads: availableParallelism(),
+    });
+  } catch (e) {
+    return { skip: `no llama.cpp for ${device} here: ${e.message.split("\n")[0]}` };
+  }
+  const names = device === "vulkan" ? await llama.getGpuDeviceNames() : [`CPU, ${availableParallelism()} threads`];
+  if (names.length === 0) return { skip: "llama.cpp sees no Vulkan adapter" };
+  work = setup;
+  const model = await llama.loadModel({
+    modelPath: work.file,
+    gpuLayers: device === "vulkan" ? "max" : 0,
+  });
+  const context = await model.createContext({
+    contextSize: work.prompt.length + work.tokens + 8,
+    // More threads than processors spin against each other and never come to an end.
+    threads: availableParallelism(),
+  });
+  sequence = context.getSequence();
+  await run(1);
+  return { device: names[0] };
+}
+
+// Seconds from the first token of the answer to its last, so the prompt's pass is left out.
+async function run(times) {
+  let seconds = 0;
+  for (let i = 0; i < times; i++) {
+    await sequence.clearHistory();
+    answer = [];
+    let first = 0;
+    for await (const token of sequence.evaluate(work.prompt, { temperature: 0, yieldEogToken: true })) {
+      if (answer.length === 0) first = performance.now();
+      answer.push(Number(token));
+      if (answer.length === work.tokens) break;
+    }
+    seconds += (performance.now() - first) / 1e3;
+  }
+  return { seconds };
+}
+
+for await (const line of createInterface({ input: process.stdin })) {
+  const request = JSON.parse(line);
+  let reply;
+  try {
+    if (request.setup) reply = await setup(request.setup);
+    else if (request.run) reply = await run(request.run);
+    else reply = { results: { tokens: answer } };
+  } catch (e) {
+    reply = { error: String(e.message ?? e) };
+  }
+  process.stdout.write(JSON.stringify(reply) + "\n");
+}
+process.exit(0);
