@@ -373,7 +373,8 @@ fn race(gpu: &Gpu, product: &Product) -> Result<Decision> {
             )));
         }
     };
-    let milliseconds = |seconds: f64| Verdict::Milliseconds(seconds * 1e3);
+    // To a tenth of a microsecond: more is noise, and would not survive the file.
+    let milliseconds = |seconds: f64| Verdict::Milliseconds((seconds * 1e7).round() / 1e4);
     candidates.extend(racing.iter().map(|(k, s)| (k.name().to_owned(), milliseconds(*s))));
     let flops = field.product.flops();
     let decision = Decision { candidates, ..Decision::unraced(default, flops) };
