@@ -230,7 +230,7 @@ impl Running {
             Ok(line) => {
                 let answer: Value = serde_json::from_str(&line)?;
                 match answer["error"].as_str() {
-                    Some(error) => Err(anyhow!("{}", first_line(error))),
+                    Some(error) => Err(anyhow!("{}", one_line(error))),
                     None => Ok(answer),
                 }
             }
@@ -255,6 +255,7 @@ impl Drop for Running {
     }
 }
 
-fn first_line(text: &str) -> &str {
-    text.lines().find(|l| !l.trim().is_empty()).unwrap_or("an error without a word")
+/// An error of many lines as one of at most 240 characters.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(240).collect()
 }
