@@ -5,7 +5,7 @@
 // shared    twice 32 x 32 values, 8 KiB; a lane reads only what it wrote
 #import mask
 #import eight
-const H: u32 = 64u; // host 8 64 128 192
+const H: u32 = 64u; // host 8 64 128
 struct Params {
     tq: u32, tk: u32, kv_heads: u32, capacity: u32, mask: u32, block: u32, length: u32, q_start: u32,
     scale: f32, rows: u32, splits: u32,
@@ -94,8 +94,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
     let tail = queries_of(batch, tile.y - 1u) * SHARED;
     let near = (max(tail.y, head.x) - head.x + 31u) / 32u;
     let steps = near + (max(tail.w, head.z) - head.z + 31u) / 32u;
-    var sums_k: array<Sums, 3>;
-    var sums_v: array<Sums, 3>;
+    var sums_k: array<Sums, 2>;
+    var sums_v: array<Sums, 2>;
     for (var step = 0u; step < steps; step += 1u) {
         let far = step >= near;
         let first = select(head.x + step * 32u, head.z + (step - near) * 32u, far);
@@ -128,13 +128,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
         sums_k[0] = gather(false, sums_k[0], batch, kv_head, first, last, 0u, lane);
         if H > 64u { sums_v[1] = gather(true, sums_v[1], batch, kv_head, first, last, 16u, lane); }
         if H > 64u { sums_k[1] = gather(false, sums_k[1], batch, kv_head, first, last, 16u, lane); }
-        if H > 128u { sums_v[2] = gather(true, sums_v[2], batch, kv_head, first, last, 32u, lane); }
-        if H > 128u { sums_k[2] = gather(false, sums_k[2], batch, kv_head, first, last, 32u, lane); }
     }
     let many = tile.y - min(tile.x + 4u * lane, tile.y);
     for (var b = 0u; b < B; b += 1u) {
         store(at, 8u * b, many, sums_k[0][b], sums_v[0][b]);
         if H > 64u { store(at, 16u + 8u * b, many, sums_k[1][b], sums_v[1][b]); }
-        if H > 128u { store(at, 32u + 8u * b, many, sums_k[2][b], sums_v[2][b]); }
     }
 }

@@ -25,6 +25,8 @@ pub const MOST_HEAD_DIM: usize = 192;
 /// Rows and the largest head dimension of [`AttentionKernel::Few`]: what 16 KiB of workgroup memory hold.
 const FEW_ROWS: usize = 16;
 const FEW_HEAD_DIM: usize = 128;
+/// The largest head dimension of [`AttentionKernel::Subgroup8`], whose accumulators are written out.
+const SUBGROUP8_HEAD_DIM: usize = 128;
 
 /// The kernels that can do the work; each is held to the same cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +35,7 @@ pub enum AttentionKernel {
     Tile,
     /// At most 16 query rows (decoding), lanes along the keys; its backward pass is that of `Tile`.
     Few,
-    /// Broadcasts inside subgroups of eight, for software adapters; head dimensions that are multiples of 8.
+    /// Broadcasts inside subgroups of eight, for software adapters; head dimensions up to 128, multiples of 8.
     Subgroup8,
 }
 
@@ -123,7 +125,7 @@ fn choose(gpu: &Gpu, call: &Call) -> AttentionKernel {
     let eights = gpu.has(wgpu::Features::SUBGROUP)
         && (info.subgroup_min_size, info.subgroup_max_size) == (8, 8);
     let rows = call.params.tq as usize * call.shared as usize;
-    if eights && call.head_dim.is_multiple_of(8) {
+    if eights && call.head_dim.is_multiple_of(8) && call.head_dim <= SUBGROUP8_HEAD_DIM {
         AttentionKernel::Subgroup8
     } else if rows <= FEW_ROWS && call.head_dim <= FEW_HEAD_DIM {
         AttentionKernel::Few
@@ -479,11 +481,11 @@ mod cases {
             cases.push(case(TwoCopy(block), [1, 74, 74, 2, 1, 8], 0));
         }
         // Few combinations of head dimension and shared heads: each is compiled anew, which takes the driver seconds.
-        for kernel in [Tile, Subgroup8] {
+        for (kernel, h) in [(Tile, 136), (Subgroup8, 72)] {
             cases.push(forced(kernel, 1, Causal, [2, 71, 71, 4, 2, 8], 0));
-            cases.push(forced(kernel, 1, BlockCausal(4), [1, 37, 37, 4, 2, 136], 0));
+            cases.push(forced(kernel, 1, BlockCausal(4), [1, 37, 37, 4, 2, h], 0));
             cases.push(forced(kernel, 1, TwoCopy(4), [1, 140, 140, 2, 1, 8], 0));
-            cases.push(forced(kernel, 1, TwoCopy(4), [1, 24, 24, 2, 1, 136], 0));
+            cases.push(forced(kernel, 1, TwoCopy(4), [1, 24, 24, 2, 1, h], 0));
             cases.push(forced(kernel, 3, BlockCausal(4), [2, 24, 150, 2, 1, 8], 126));
         }
         for kernel in [Tile, Few, Subgroup8] {
