@@ -34,6 +34,10 @@ fn other(values: bool, at: u32) -> vec4<f32> {
     return q[at];
 }
 
+fn rows_at(values: bool, at: vec4<u32>) -> mat4x4<f32> {
+    return mat4x4<f32>(other(values, at.x), other(values, at.y), other(values, at.z), other(values, at.w));
+}
+
 fn products(values: bool, kx: vec4<u32>, qx: vec4<u32>) -> Scores {
     var s: Scores;
     for (var d = 0u; d < H / 4u; d += 1u) {
@@ -57,10 +61,10 @@ fn gather(values: bool, sums: Sums, batch: u32, kv_head: u32, first: u32, last: 
             w = mat4x4<f32>(weights[at], weights[at + 8u], weights[at + 16u], weights[at + 24u]);
         }
         let qx = query_at(batch, kv_head, min(quad_of(first + i), vec4<u32>(last))) * (H / 4u);
-        for (var b = 0u; b < B; b += 1u) {
-            let at = qx + min(offset + 8u * b + lane, H / 4u - 1u);
-            let rows = mat4x4<f32>(other(values, at.x), other(values, at.y), other(values, at.z), other(values, at.w));
-            x[b] = add_rows(x[b], rows, w);
+        let d = min(vec2<u32>(offset, offset + 8u) + lane, vec2<u32>(H / 4u - 1u));
+        x[0] = add_rows(x[0], rows_at(values, qx + d.x), w);
+        if B > 1u {
+            x[LAST] = add_rows(x[LAST], rows_at(values, qx + d.y), w);
         }
     }
     return x;
@@ -130,8 +134,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
         if H > 64u { sums_k[1] = gather(false, sums_k[1], batch, kv_head, first, last, 16u, lane); }
     }
     let many = tile.y - min(tile.x + 4u * lane, tile.y);
-    for (var b = 0u; b < B; b += 1u) {
-        store(at, 8u * b, many, sums_k[0][b], sums_v[0][b]);
-        if H > 64u { store(at, 16u + 8u * b, many, sums_k[1][b], sums_v[1][b]); }
-    }
+    store(at, 0u, many, sums_k[0][0], sums_v[0][0]);
+    if B > 1u { store(at, 8u, many, sums_k[0][LAST], sums_v[0][LAST]); }
+    if H > 64u { store(at, 16u, many, sums_k[1][0], sums_v[1][0]); }
+    if H > 64u { store(at, 24u, many, sums_k[1][LAST], sums_v[1][LAST]); }
 }

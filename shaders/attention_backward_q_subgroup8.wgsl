@@ -52,9 +52,11 @@ fn gather(sums: Sums, batch: u32, kv_head: u32, first: u32, last: u32, offset: u
         let at = i * 8u + lane;
         let w = mat4x4<f32>(ds[at], ds[at + 8u], ds[at + 16u], ds[at + 24u]);
         let kx = key_at(batch, kv_head, min(quad_of(first + i), vec4<u32>(last))) * (H / 4u);
-        for (var b = 0u; b < B; b += 1u) {
-            let d = min(offset + 8u * b + lane, H / 4u - 1u);
-            x[b] = add_rows(x[b], mat4x4<f32>(k[kx.x + d], k[kx.y + d], k[kx.z + d], k[kx.w + d]), w);
+        let d = min(vec2<u32>(offset, offset + 8u) + lane, vec2<u32>(H / 4u - 1u));
+        x[0] = add_rows(x[0], mat4x4<f32>(k[kx.x + d.x], k[kx.y + d.x], k[kx.z + d.x], k[kx.w + d.x]), w);
+        if B > 1u {
+            let y = mat4x4<f32>(k[kx.x + d.y], k[kx.y + d.y], k[kx.z + d.y], k[kx.w + d.y]);
+            x[LAST] = add_rows(x[LAST], y, w);
         }
     }
     return x;
@@ -122,8 +124,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
         if H > 64u { sum1 = gather(sum1, batch, kv_head, first, last, 16u, lane); }
     }
     let many = tile.y - min(tile.x + 4u * lane, tile.y);
-    for (var b = 0u; b < B; b += 1u) {
-        store(at, 8u * b, many, sum0[b]);
-        if H > 64u { store(at, 16u + 8u * b, many, sum1[b]); }
-    }
+    store(at, 0u, many, sum0[0]);
+    if B > 1u { store(at, 8u, many, sum0[LAST]); }
+    if H > 64u { store(at, 16u, many, sum1[0]); }
+    if H > 64u { store(at, 24u, many, sum1[LAST]); }
 }

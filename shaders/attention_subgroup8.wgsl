@@ -40,9 +40,11 @@ fn gather(sums: Sums, batch: u32, kv_head: u32, first: u32, last: u32, offset: u
         let at = i * 8u + lane;
         let w = mat4x4<f32>(weights[at], weights[at + 8u], weights[at + 16u], weights[at + 24u]);
         let vx = key_at(batch, kv_head, min(quad_of(first + i), vec4<u32>(last))) * (H / 4u);
-        for (var b = 0u; b < B; b += 1u) {
-            let d = min(offset + 8u * b + lane, H / 4u - 1u);
-            x[b] = add_rows(x[b], mat4x4<f32>(v[vx.x + d], v[vx.y + d], v[vx.z + d], v[vx.w + d]), w);
+        let d = min(vec2<u32>(offset, offset + 8u) + lane, vec2<u32>(H / 4u - 1u));
+        x[0] = add_rows(x[0], mat4x4<f32>(v[vx.x + d.x], v[vx.y + d.x], v[vx.z + d.x], v[vx.w + d.x]), w);
+        if B > 1u {
+            let y = mat4x4<f32>(v[vx.x + d.y], v[vx.y + d.y], v[vx.z + d.y], v[vx.w + d.y]);
+            x[LAST] = add_rows(x[LAST], y, w);
         }
     }
     return x;
@@ -128,8 +130,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
     }
     sum0 = scaled(sum0, inverse);
     sum1 = scaled(sum1, inverse);
-    for (var b = 0u; b < B; b += 1u) {
-        store(to, 8u * b, many, sum0[b]);
-        if H > 64u { store(to, 16u + 8u * b, many, sum1[b]); }
-    }
+    store(to, 0u, many, sum0[0]);
+    if B > 1u { store(to, 8u, many, sum0[LAST]); }
+    if H > 64u { store(to, 16u, many, sum1[0]); }
+    if H > 64u { store(to, 24u, many, sum1[LAST]); }
 }

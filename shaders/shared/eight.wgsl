@@ -1,10 +1,11 @@
 // Products in subgroups of eight, as software adapters have them: every load there is one scalar load per lane, so
 // each lane loads another element and hands it round. Four terms of a sum at a time, so that the sum stays in its
-// register meanwhile. Arrays are indexed by constants, or by loops that drivers unroll; else they live in memory.
+// register meanwhile. Arrays are indexed by constants, or by short loops that drivers unroll; else they live in memory.
 // A lane has four columns; H is the importing kernel's.
 alias Eight = array<vec4<f32>, 8>;
 alias Scores = array<Eight, 4>;   // 32 rows
 const B: u32 = (min(H, 64u) + 31u) / 32u;
+const LAST: u32 = B - 1u;
 alias Sums = array<Scores, B>;    // [b][c][i] is dimension 32 b + 4 i + c, up to 64 of them: more in one loop exceed
                                   // the instruction cache
 
@@ -27,14 +28,17 @@ fn eight(sum: Eight, x: vec4<f32>, w: mat4x4<f32>) -> Eight {
     );
 }
 
-fn scaled(sums: Sums, factor: vec4<f32>) -> Sums {
+fn scaled_eight(x: Eight, f: vec4<f32>) -> Eight {
+    return Eight(x[0] * f, x[1] * f, x[2] * f, x[3] * f, x[4] * f, x[5] * f, x[6] * f, x[7] * f);
+}
+
+fn scaled(sums: Sums, f: vec4<f32>) -> Sums {
     var x = sums;
-    for (var b = 0u; b < B; b += 1u) {
-        for (var c = 0u; c < 4u; c += 1u) {
-            for (var i = 0u; i < 8u; i += 1u) {
-                x[b][c][i] *= factor;
-            }
-        }
+    x[0] = Scores(scaled_eight(x[0][0], f), scaled_eight(x[0][1], f), scaled_eight(x[0][2], f),
+        scaled_eight(x[0][3], f));
+    if B > 1u {
+        x[LAST] = Scores(scaled_eight(x[LAST][0], f), scaled_eight(x[LAST][1], f), scaled_eight(x[LAST][2], f),
+            scaled_eight(x[LAST][3], f));
     }
     return x;
 }
