@@ -41,6 +41,21 @@ fn load_a(first: u32, k: u32) -> vec4<f32> {
     return vec4<f32>(a[rows.x], a[rows.y], a[rows.z], a[rows.w]);
 }
 
+// Eight k of all rows and both columns, whose scales are ls and hs.
+fn step(first: u32, oct: u32, lane: u32, columns: vec2<u32>, ls: vec2<f32>, hs: vec2<f32>) {
+    let l = weight8_scaled(columns.x, p.k, oct, ls);
+    let h = weight8_scaled(columns.y, p.k, oct, hs);
+    let k = 8u * oct + lane;
+    eight(0u, load_a(first, k), l, h);
+    if QUADS > 1u {
+        eight(1u, load_a(first + 4u, k), l, h);
+    }
+    if QUADS > 2u {
+        eight(2u, load_a(first + 8u, k), l, h);
+        eight(3u, load_a(first + 12u, k), l, h);
+    }
+}
+
 fn put(row: u32, column: u32, value: f32) {
     if row < p.m && column < p.n {
         let at = p.y_from + row * p.n + column;
@@ -67,18 +82,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
     let first = group.y * 4u * QUADS;
     // Lanes past the edge repeat the last row or column: every lane must take part in the broadcasts.
     let columns = min(vec2<u32>(column, column + 8u), vec2<u32>(p.n - 1u)) + p.w_row;
-    for (var oct = 0u; oct < p.k / 8u; oct += 1u) {
-        let l = weight8(columns.x, p.k, oct);
-        let h = weight8(columns.y, p.k, oct);
-        let k = 8u * oct + lane;
-        eight(0u, load_a(first, k), l, h);
-        if QUADS > 1u {
-            eight(1u, load_a(first + 4u, k), l, h);
-        }
-        if QUADS > 2u {
-            eight(2u, load_a(first + 8u, k), l, h);
-            eight(3u, load_a(first + 12u, k), l, h);
-        }
+    let blocks = p.k / 32u;
+    for (var block = 0u; block < blocks; block += 1u) {
+        let ls = weight_scale(columns.x, p.k, block);
+        let hs = weight_scale(columns.y, p.k, block);
+        let oct = 4u * block;
+        step(first, oct, lane, columns, ls, hs);
+        step(first, oct + 1u, lane, columns, ls, hs);
+        step(first, oct + 2u, lane, columns, ls, hs);
+        step(first, oct + 3u, lane, columns, ls, hs);
+    }
+    // What is no whole block has no scale either.
+    for (var oct = 4u * blocks; oct < p.k / 8u; oct += 1u) {
+        step(first, oct, lane, columns, vec2<f32>(), vec2<f32>());
     }
     store(first, column, low[0]);
     store(first, column + 8u, high[0]);

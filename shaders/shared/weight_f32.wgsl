@@ -17,3 +17,13 @@ fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
     let at = row * (columns / 4u) + 2u * oct;
     return mat2x4<f32>(w[at], w[at + 1u]);
 }
+
+// Scale and minimum of elements 32 block .. 32 block + 31, for types that have them.
+fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
+    return vec2<f32>(1.0, 0.0);
+}
+
+// `weight8` for elements whose scale is at hand.
+fn weight8_scaled(row: u32, columns: u32, oct: u32, scale: vec2<f32>) -> mat2x4<f32> {
+    return weight8(row, columns, oct);
+}

@@ -21,10 +21,16 @@ fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
 }
 
 fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
-    let start = row_start(row, columns);
-    let dm = unpack2x16float(w[start + columns / 8u + oct / 4u]);
-    let word = w[start + oct];
-    let d = vec4<f32>(dm.x);
-    let m = vec4<f32>(dm.y);
+    return weight8_scaled(row, columns, oct, weight_scale(row, columns, oct / 4u));
+}
+
+fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
+    return unpack2x16float(w[row_start(row, columns) + columns / 8u + block]);
+}
+
+fn weight8_scaled(row: u32, columns: u32, oct: u32, scale: vec2<f32>) -> mat2x4<f32> {
+    let word = w[row_start(row, columns) + oct];
+    let d = vec4<f32>(scale.x);
+    let m = vec4<f32>(scale.y);
     return mat2x4<f32>(fma(d, nibbles(word), m), fma(d, nibbles(word >> 16u), m));
 }

@@ -24,7 +24,14 @@ fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
 }
 
 fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
-    let start = row_start(row, columns);
-    let d = block_scale(start, columns, oct / 4u);
-    return mat2x4<f32>(d * signed(w[start + 2u * oct]), d * signed(w[start + 2u * oct + 1u]));
+    return weight8_scaled(row, columns, oct, weight_scale(row, columns, oct / 4u));
+}
+
+fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
+    return vec2<f32>(block_scale(row_start(row, columns), columns, block), 0.0);
+}
+
+fn weight8_scaled(row: u32, columns: u32, oct: u32, scale: vec2<f32>) -> mat2x4<f32> {
+    let at = row_start(row, columns) + 2u * oct;
+    return mat2x4<f32>(scale.x * signed(w[at]), scale.x * signed(w[at + 1u]));
 }

@@ -110,7 +110,8 @@ fn tolerance(kernel: MatmulKernel) -> Tolerance {
 pub fn cases() -> Vec<Case> {
     use Layout::{NN, NT, TN};
     use MatmulKernel::{
-        Any, CoopF16, CoopF16Wide, CoopF32, Few, FewSubgroup8, Sliced, Subgroup8, Tile, Wide,
+        Any, CoopF16, CoopF16Wide, CoopF32, Few, FewSubgroup8, OneSubgroup8, Sliced, Subgroup8,
+        Tile, Wide,
     };
     let mut cases = Vec::new();
     for layout in [NN, NT, TN] {
@@ -129,11 +130,11 @@ pub fn cases() -> Vec<Case> {
         cases.push(forced(Sliced, layout, &[], 68, 132, 300));
     }
     cases.push(forced(Tile, NT, &[], 67, 132, 36));
-    for kernel in [Few, FewSubgroup8] {
+    for kernel in [Few, FewSubgroup8, OneSubgroup8] {
         cases.extend([1, 4, 9, 16].map(|m| forced(kernel, NT, &[], m, 30, 264)));
+        cases.push(residual(kernel, 5, 34, 40));
     }
     cases.extend([Tile, Wide, Subgroup8, CoopF16, Any].map(|kernel| residual(kernel, 36, 68, 24)));
-    cases.extend([Few, FewSubgroup8].map(|kernel| residual(kernel, 5, 18, 24)));
     cases.push(residual(Sliced, 36, 68, 260));
     for (m, n, k) in [(512, 512, 512), (128, 1536, 576), (128, 576, 1536), (4, 1536, 576)] {
         cases.push(bench(NT, m, n, k));
@@ -144,13 +145,15 @@ pub fn cases() -> Vec<Case> {
     }
     for dtype in [DType::Q8, DType::Q4] {
         cases.extend(
-            [(3, 7, 96), (33, 36, 64), (5, 64, 32), (17, 33, 32)].map(|e| stored(dtype, e)),
+            [(3, 7, 96), (33, 36, 64), (5, 64, 32), (17, 33, 32), (1, 40, 96)]
+                .map(|e| stored(dtype, e)),
         );
     }
     for dtype in [DType::F16, DType::Q8, DType::Q4] {
-        let [m, n, k] = [4, 1536, 576];
-        let bytes = 4.0 * (m * (k + n)) as f64 + (n * dtype.row_bytes(k)) as f64;
-        cases.push(stored(dtype, (m, n, k)).cost(2.0 * (m * n * k) as f64, bytes));
+        for (m, n, k) in [(4, 1536, 576), (1, 1536, 576)] {
+            let bytes = 4.0 * (m * (k + n)) as f64 + (n * dtype.row_bytes(k)) as f64;
+            cases.push(stored(dtype, (m, n, k)).cost(2.0 * (m * n * k) as f64, bytes));
+        }
     }
     cases
 }

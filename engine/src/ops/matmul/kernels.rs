@@ -12,6 +12,7 @@ const WIDE: Kernel = kernel!("matmul_wide");
 const SLICES: Kernel = kernel!("matmul_slices");
 const FEW: Kernel = kernel!("matmul_few");
 const SUBGROUP8: Kernel = kernel!("matmul_subgroup8");
+const ONE_SUBGROUP8: Kernel = kernel!("matmul_one_subgroup8");
 const FEW_SUBGROUP8: Kernel = kernel!("matmul_few_subgroup8");
 const COOP: Kernel = kernel!("matmul_coop");
 const ANY: Kernel = kernel!("matmul_any");
@@ -31,6 +32,8 @@ pub enum MatmulKernel {
     Subgroup8,
     /// The same for a few rows; NT only.
     FewSubgroup8,
+    /// The same for one row; NT only.
+    OneSubgroup8,
     /// Matrix units of 8 × 8, f32 throughout.
     CoopF32,
     /// Matrix units of 8 × 8 that round both factors to f16.
@@ -75,13 +78,14 @@ const MANY_TILES: usize = 128;
 
 impl MatmulKernel {
     /// Every kernel, in the order they are raced.
-    pub const ALL: [MatmulKernel; 10] = [
+    pub const ALL: [MatmulKernel; 11] = [
         MatmulKernel::Tile,
         MatmulKernel::Wide,
         MatmulKernel::Sliced,
         MatmulKernel::Few,
         MatmulKernel::Subgroup8,
         MatmulKernel::FewSubgroup8,
+        MatmulKernel::OneSubgroup8,
         MatmulKernel::CoopF32,
         MatmulKernel::CoopF16,
         MatmulKernel::CoopF16Wide,
@@ -97,6 +101,7 @@ impl MatmulKernel {
             MatmulKernel::Few => FEW.name,
             MatmulKernel::Subgroup8 => SUBGROUP8.name,
             MatmulKernel::FewSubgroup8 => FEW_SUBGROUP8.name,
+            MatmulKernel::OneSubgroup8 => ONE_SUBGROUP8.name,
             MatmulKernel::CoopF32 => "matmul_coop f32 8",
             MatmulKernel::CoopF16 => "matmul_coop f16 8",
             MatmulKernel::CoopF16Wide => "matmul_coop f16 16",
@@ -118,6 +123,7 @@ impl MatmulKernel {
             MatmulKernel::Few => FEW.source,
             MatmulKernel::Subgroup8 => SUBGROUP8.source,
             MatmulKernel::FewSubgroup8 => FEW_SUBGROUP8.source,
+            MatmulKernel::OneSubgroup8 => ONE_SUBGROUP8.source,
             MatmulKernel::CoopF32 | MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => {
                 COOP.source
             }
@@ -162,7 +168,9 @@ impl MatmulKernel {
                 });
         }
         match self {
-            MatmulKernel::Subgroup8 | MatmulKernel::FewSubgroup8 => gpu.has_subgroups_of(8),
+            MatmulKernel::Subgroup8 | MatmulKernel::FewSubgroup8 | MatmulKernel::OneSubgroup8 => {
+                gpu.has_subgroups_of(8)
+            }
             _ => true,
         }
     }
@@ -176,6 +184,8 @@ impl MatmulKernel {
             MatmulKernel::Any => true,
             MatmulKernel::Sliced => quads && e.z == 1 && e.k > SLICE,
             MatmulKernel::Few | MatmulKernel::FewSubgroup8 => few && e.m <= FEW_ROWS,
+            // One pass over the weights for each row.
+            MatmulKernel::OneSubgroup8 => few && e.m == 1,
             MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => quads && gpu.f16_products(),
             _ => quads,
         };
@@ -185,18 +195,18 @@ impl MatmulKernel {
     /// What is used without a race.
     pub(crate) fn default_for(gpu: &Gpu, layout: Layout, e: &Extents) -> MatmulKernel {
         let tiles = |edge: usize| e.m.div_ceil(edge) * e.n.div_ceil(edge) * e.z;
-        let preferred = if gpu.has_subgroups_of(8) {
-            [MatmulKernel::FewSubgroup8, MatmulKernel::Subgroup8]
+        let preferred: &[MatmulKernel] = if gpu.has_subgroups_of(8) {
+            &[MatmulKernel::OneSubgroup8, MatmulKernel::FewSubgroup8, MatmulKernel::Subgroup8]
         } else if e.m <= FEW_ROWS {
-            [MatmulKernel::Few, MatmulKernel::Tile]
+            &[MatmulKernel::Few, MatmulKernel::Tile]
         } else if tiles(128) >= MANY_TILES {
-            [MatmulKernel::Wide, MatmulKernel::Tile]
+            &[MatmulKernel::Wide, MatmulKernel::Tile]
         } else if tiles(64) < FEW_TILES && e.k >= 4 * SLICE {
-            [MatmulKernel::Sliced, MatmulKernel::Tile]
+            &[MatmulKernel::Sliced, MatmulKernel::Tile]
         } else {
-            [MatmulKernel::Tile, MatmulKernel::Tile]
+            &[MatmulKernel::Tile]
         };
-        let able = preferred.into_iter().find(|kernel| kernel.able(gpu, layout, e));
+        let able = preferred.iter().copied().find(|kernel| kernel.able(gpu, layout, e));
         able.unwrap_or(MatmulKernel::Any)
     }
 
@@ -275,6 +285,7 @@ impl MatmulKernel {
                 let quads = m.div_ceil(4).clamp(1, 4).next_power_of_two();
                 run(FEW_SUBGROUP8.with(&[("QUADS", quads as u32), onto]), [16, 4 * quads]);
             }
+            MatmulKernel::OneSubgroup8 => run(ONE_SUBGROUP8.with(&[onto]), [32, 1]),
             MatmulKernel::CoopF32 | MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => {
                 let (coop, edge, _) = self.cooperative().expect("one of the three");
                 let lanes = a.gpu().adapter().info.subgroup_max_size;
