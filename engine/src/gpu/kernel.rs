@@ -179,9 +179,9 @@ impl Layout {
     }
 }
 
-/// Compiles one variant; also returns a hash of its expanded WGSL. In unchecked mode the driver's robustness is all that
-/// stands between a wrong index and foreign memory, which is why every kernel also runs its hostile shapes in checked
-/// mode in the tests.
+/// Compiles one variant; also returns a hash of its expanded WGSL. In unchecked mode the driver's robustness is all
+/// that stands between a wrong index and foreign memory, which is why every kernel also runs its hostile shapes in
+/// checked mode in the tests.
 pub(super) fn compile(
     device: &wgpu::Device,
     variant: Variant<'_>,
