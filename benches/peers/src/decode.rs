@@ -45,7 +45,7 @@ pub fn demask(file: &Path, four_bits: bool, prompt: &[u32], tokens: usize) -> Re
         return Ok(Prepared::Skip(why));
     }
     let gpu = Gpu::open(GpuOptions::default())?;
-    // 4-bit blocks are widened at loading: when the engine keeps them as they are, its name for that goes here.
+    // As the files have them.
     let precision = if four_bits { Precision::Stored } else { Precision::F16 };
     let model = Llama::load(&gpu, file, precision)?;
     let mut options = DecodeOptions::autoregressive(model.config());
