@@ -97,7 +97,7 @@ fn typical_products() -> Vec<Product> {
 fn kernels(args: &Args, gpu: &Gpu) -> Result<Vec<(String, Decision)>> {
     let products = typical_products();
     if args.retune {
-        Tuning::open(gpu, &cache_dir()).forget(&products);
+        Tuning::open(gpu, &cache_dir()).forget(&products)?;
     }
     let Some(tuning) = args.tune.prepare(gpu, &products, args.common.notices())? else {
         return Ok(Vec::new());

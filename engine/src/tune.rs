@@ -6,15 +6,13 @@
 //! A choice changes the order of sums, hence bits: a class is decided once and then stays, also where the budget left
 //! no time to race it.
 
-use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, source};
 use crate::model::Llama;
 use crate::ops::{Layout, MatmulKernel, Product};
 use crate::tensor::stored::{decode, encode};
@@ -79,10 +77,9 @@ impl Tuning {
     /// cannot be used is replaced at the next race; [`Tuning::notice`] says why.
     pub fn open(gpu: &Gpu, dir: &Path) -> Tuning {
         let device = fingerprint(gpu);
-        let mut hasher = DefaultHasher::new();
-        device.hash(&mut hasher);
-        MatmulKernel::ALL.map(MatmulKernel::source).hash(&mut hasher);
-        let path = dir.join(format!("kernels-{:016x}.json", hasher.finish()));
+        let texts = [device.as_str()].into_iter().chain(MatmulKernel::ALL.map(|k| k.source()));
+        let name = source::hash(&texts.collect::<String>()) ^ source::shared_hash();
+        let path = dir.join(format!("kernels-{name:016x}.json"));
         let (decisions, notice) = match read(&path, &device) {
             Ok(decisions) => (decisions, None),
             Err(why) => (BTreeMap::new(), Some(why)),
@@ -141,10 +138,16 @@ impl Tuning {
     }
 
     /// Forgets every decision, on the device and on disk.
-    pub fn forget(&mut self, products: &[Product]) {
+    ///
+    /// # Errors
+    /// The file cannot be removed.
+    pub fn forget(&mut self, products: &[Product]) -> Result<()> {
         products.iter().for_each(|product| product.undecide(&self.gpu));
         self.decisions.clear();
-        let _ = std::fs::remove_file(&self.path);
+        match std::fs::remove_file(&self.path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&self.path, e)),
+            _ => Ok(()),
+        }
     }
 
     /// Written beside and renamed, so that a killed process leaves the old file or the new one. What another process
@@ -193,12 +196,14 @@ fn read(path: &Path, device: &str) -> Result<BTreeMap<String, Decision>, String>
     Ok(file.decisions)
 }
 
-/// What a decision is valid for: adapter, driver, backend, and what of the device kernels are chosen by.
+/// What a decision is valid for: adapter, driver, backend, what of the device kernels are chosen by, and which kernels
+/// may race at all.
 pub fn fingerprint(gpu: &Gpu) -> String {
     let entry = gpu.adapter();
     let i = &entry.info;
+    let factors = if gpu.f16_products() { "f16" } else { "exact" };
     format!(
-        "{} [{:04x}:{:04x}] {} {} {} subgroups {}-{} {:?}",
+        "{} [{:04x}:{:04x}] {} {} {} subgroups {}-{} {:?} {factors} products",
         i.name,
         i.vendor,
         i.device,
@@ -213,8 +218,9 @@ pub fn fingerprint(gpu: &Gpu) -> String {
 
 /// The products of a model in forward passes of these numbers of rows, and of the backward passes if `training`.
 pub fn products(llama: &Llama, rows: &[usize], training: bool) -> Vec<Product> {
-    let matrices = llama.parameters().into_iter().filter_map(|p| match p.shape[..] {
-        [out, into] => Some((p.shards[0].dtype(), out, into)),
+    let shards = llama.parameters().into_iter().flat_map(|p| &p.shards);
+    let matrices = shards.filter_map(|w| match w.shape()[..] {
+        [out, into] => Some((w.dtype(), out, into)),
         _ => None,
     });
     let mut products = Vec::new();

@@ -17,7 +17,7 @@ fn for_each_case(check: impl Fn(&Gpu, &Case) -> Result<(), String>) {
     let mut ran = 0;
     for case in cases().iter().filter(|c| c.name.contains(&only)) {
         if !case.runs_on(&gpu) {
-            println!("SKIPPED: {} needs another subgroup size", case.name);
+            println!("SKIPPED: {}: this device has not what it needs", case.name);
             continue;
         }
         // Benches' extents are too large for references in f64; their kernels are those of smaller cases.

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use demask_engine::gpu::GpuOptions;
 use demask_engine::ops::{Layout, MatmulKernel, Product};
 use demask_engine::tensor::DType;
 use demask_engine::tune::{Tuning, Verdict, fault};
-use demask_tests::gpu;
+use demask_tests::{gpu, open};
 
 const ENOUGH: Duration = Duration::from_secs(600);
 
@@ -37,6 +38,19 @@ fn winners_are_kept_on_disk_and_taken_up_again() {
     again.prepare(&products(), ENOUGH, |_, _, _| panic!("nothing is left to race")).unwrap();
 }
 
+/// Where products may round their factors, other kernels may race: one choice says nothing about the other.
+#[test]
+fn exact_and_rounded_products_are_decided_apart() {
+    let (Some(exact), Some(rounded)) =
+        (gpu(), open(GpuOptions { f16_products: true, ..GpuOptions::default() }))
+    else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |gpu| Tuning::open(gpu, dir.path()).path().to_owned();
+    assert_ne!(path(&exact), path(&rounded));
+}
+
 #[test]
 fn without_a_budget_the_default_stays_for_good() {
     let Some(gpu) = gpu() else { return };
@@ -48,7 +62,7 @@ fn without_a_budget_the_default_stays_for_good() {
     let mut again = Tuning::open(&gpu, dir.path());
     again.prepare(&products(), ENOUGH, |_, _, _| {}).unwrap();
     assert_eq!(*again.decisions(), before);
-    again.forget(&products());
+    again.forget(&products()).unwrap();
     assert!(!again.path().exists());
 }
 

@@ -138,12 +138,6 @@ impl PipelineKey {
     }
 }
 
-/// FNV-1a, 64 bits.
-fn fnv(text: &str) -> u64 {
-    text.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
-}
-
 impl Layout {
     pub fn new(device: &wgpu::Device, key: LayoutKey, params_bytes: u64) -> Self {
         let entry = |binding: usize, ty, dynamic, size| wgpu::BindGroupLayoutEntry {
@@ -196,7 +190,7 @@ pub(super) fn compile(
     let (overrides, consts): (Vec<_>, Vec<_>) =
         variant.constants.iter().copied().partition(|(constant, _)| is_override(constant));
     let text = source::expand(name, source, variant.imports, &consts);
-    let hash = fnv(&text);
+    let hash = source::hash(&text);
     let descriptor = wgpu::ShaderModuleDescriptor {
         label: Some(name),
         source: wgpu::ShaderSource::Wgsl(text.into()),

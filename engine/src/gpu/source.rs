@@ -29,6 +29,17 @@ pub fn shared_names() -> impl Iterator<Item = &'static str> {
     SHARED.iter().map(|(name, _)| *name)
 }
 
+/// A hash of all shared files: whatever imports them changes with them.
+pub fn shared_hash() -> u64 {
+    SHARED.iter().fold(0, |sum, (_, text)| sum ^ hash(text))
+}
+
+/// FNV-1a, 64 bits: tells two versions of a text apart, in any build.
+pub fn hash(text: &str) -> u64 {
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}
+
 /// Expands `source`. `imports` renames an import (`weight` to `weight_bf16`: the way a kernel is made for
 /// another storage type); `consts` sets host constants. `enable` lines are hoisted to the top.
 ///
