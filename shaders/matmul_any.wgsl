@@ -1,15 +1,16 @@
 // matmul_any: y[m, n] = sum_k a(m, k) w(k, n) for extents that are no multiples of 4
-// a         [Z, M, K], or [Z, K, M] with a_m = 1, a_k = M
+// a         [Z, M, K], or [Z, K, M] with A_TRANSPOSED
 // w         [Z, K, N], or [Z, N, K] with W_TRANSPOSED; any weight type
 // r         [Z, M, N], added to the product with ONTO 2
 // y         [Z, M, N], added to with ONTO 1
 // dispatch  (N / 16, M / 16, Z)
 // shared    two 16 x 16 tiles, 2 KiB
 #import weight
+override A_TRANSPOSED: u32 = 0u;
 override W_TRANSPOSED: u32 = 0u;
 override ONTO: u32 = 0u;
 struct Params {
-    m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
+    m: u32, n: u32, k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> a: array<f32>;         // [Z, M, K] or [Z, K, M]
@@ -28,7 +29,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) i
     for (var first = 0u; first < p.k; first += 16u) {
         var av = 0.0;
         if row < p.m && first + id.x < p.k {
-            av = a[group.z * p.a_z + row * p.a_m + (first + id.x) * p.a_k];
+            let k = first + id.x;
+            av = a[group.z * p.a_z + select(row * p.k + k, k * p.m + row, A_TRANSPOSED == 1u)];
         }
         var wv = 0.0;
         if column < p.n && first + id.y < p.k {

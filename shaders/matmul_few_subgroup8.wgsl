@@ -9,7 +9,7 @@
 override QUADS: u32 = 1u;
 override ONTO: u32 = 0u;
 struct Params {
-    m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
+    m: u32, n: u32, k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> a: array<f32>;         // [M, K]

@@ -8,37 +8,16 @@
 // For large products on GPUs with registers to spare: twice the arithmetic for each value read as `matmul`.
 #import weight
 #import matmul
+#import stage
+const QUADS: u32 = 32u;
 struct Params {
-    m: u32, n: u32, k: u32, a_m: u32, a_k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
+    m: u32, n: u32, k: u32, a_z: u32, w_z: u32, w_row: u32, y_from: u32, k_slice: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> a: array<vec4<f32>>;         // [Z, M, K] or [Z, K, M], flat quads
 @group(0) @binding(2) var<storage, read> w: array<Weight>;            // [Z, K, N] or [Z, N, K]
 @group(0) @binding(3) var<storage, read> r: array<vec4<f32>>;         // [Z, M, N], flat quads
 @group(0) @binding(4) var<storage, read_write> y: array<vec4<f32>>;   // [Z, M, N], flat quads
-
-var<workgroup> tile_a: array<vec4<f32>, 512>;   // [16 k, 32 row quads]
-var<workgroup> tile_w: array<vec4<f32>, 512>;   // [16 k, 32 column quads]
-
-// A block of 4 k by 4 for each invocation: the first half loads a, the second w. Neighbours read along memory.
-fn load(t: u32, first: vec2<u32>, k: u32, end: u32, z: u32) {
-    let i = t % 128u;
-    let q = i / 4u;
-    let at = (i % 4u) * 4u;
-    if t < 128u {
-        let block = block_a(z, first.y + 4u * q, k + at, end);
-        tile_a[at * 32u + q] = block[0];
-        tile_a[at * 32u + 32u + q] = block[1];
-        tile_a[at * 32u + 64u + q] = block[2];
-        tile_a[at * 32u + 96u + q] = block[3];
-    } else {
-        let block = block_w(z, first.x + 4u * q, k + at, end);
-        tile_w[at * 32u + q] = block[0];
-        tile_w[at * 32u + 32u + q] = block[1];
-        tile_w[at * 32u + 64u + q] = block[2];
-        tile_w[at * 32u + 96u + q] = block[3];
-    }
-}
 
 @compute @workgroup_size(256)
 fn main(

@@ -50,8 +50,6 @@ struct Params {
     m: u32,
     n: u32,
     k: u32,
-    a_m: u32,
-    a_k: u32,
     a_z: u32,
     w_z: u32,
     w_row: u32,
@@ -231,14 +229,11 @@ impl MatmulKernel {
         let Extents { z, m, n, k, .. } = *e;
         let y = target.y;
         let y_from = (target.row * n) as u32;
-        let (a_m, a_k) = if layout == Layout::TN { (1, m) } else { (k, 1) };
         let slice = SLICE.max(k.div_ceil(32).next_multiple_of(32));
         let params = Params {
             m: m as u32,
             n: n as u32,
             k: k as u32,
-            a_m: a_m as u32,
-            a_k: a_k as u32,
             a_z: (m * k) as u32,
             w_z: if layout == Layout::NT { n } else { k } as u32,
             w_row: target.b_row as u32,
@@ -295,7 +290,7 @@ impl MatmulKernel {
                 let grid = [n.div_ceil(tile) as u32, m.div_ceil(tile) as u32, z as u32];
                 COOP.with(&constants).import(&imports).run(&params, &[a, w, r], &[y], grid);
             }
-            MatmulKernel::Any => run(ANY.with(&[w_transposed, onto]), [16, 16]),
+            MatmulKernel::Any => run(ANY.with(&[a_transposed, w_transposed, onto]), [16, 16]),
         }
     }
 }
