@@ -1,20 +1,18 @@
 // rope_cache: rotates the queries and keys of new tokens by their positions; keys and values go into a layer's cache
-// q, y          [T, N, H], token t at position start + t
-// k, v          [T, G, H]
+// x             [T, N + 2 G, H]: queries, keys, values; token t at position start + t
 // frequency     [H / 2]
+// y             [T, N, H], the queries
 // keys, values  [capacity, G, H], written from row start on
 // dispatch      256 pairs a workgroup, folded
 #import grid
 #import rotation
 struct Params { tokens: u32, heads: u32, kv_heads: u32, half: u32, start: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> q: array<f32>;               // [T, N, H]
-@group(0) @binding(2) var<storage, read> k: array<f32>;               // [T, G, H]
-@group(0) @binding(3) var<storage, read> v: array<f32>;               // [T, G, H]
-@group(0) @binding(4) var<storage, read> frequency: array<f32>;       // [H / 2]
-@group(0) @binding(5) var<storage, read_write> y: array<f32>;         // [T, N, H]
-@group(0) @binding(6) var<storage, read_write> keys: array<f32>;      // [capacity, G, H]
-@group(0) @binding(7) var<storage, read_write> values: array<f32>;    // [capacity, G, H]
+@group(0) @binding(1) var<storage, read> x: array<f32>;               // [T, N + 2 G, H]
+@group(0) @binding(2) var<storage, read> frequency: array<f32>;       // [H / 2]
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;         // [T, N, H]
+@group(0) @binding(4) var<storage, read_write> keys: array<f32>;      // [capacity, G, H]
+@group(0) @binding(5) var<storage, read_write> values: array<f32>;    // [capacity, G, H]
 
 fn rotated(a: f32, b: f32, r: vec2<f32>) -> vec2<f32> {
     return vec2<f32>(a * r.x - b * r.y, b * r.x + a * r.y);
@@ -26,7 +24,6 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    // A token's heads are its N of q, then G of k, then G of v.
     let pair = linear_workgroup(group, groups) * 256u + lane;
     let heads = p.heads + 2u * p.kv_heads;
     let token = pair / (heads * p.half);
@@ -35,23 +32,22 @@ fn main(
     }
     let head = pair / p.half % heads;
     let i = pair % p.half;
-    let rotation = cos_sin(rotary_angle(p.start + token, frequency[i]));
-    if head < p.heads {
-        let at = (token * p.heads + head) * 2u * p.half + i;
-        let pair = rotated(q[at], q[at + p.half], rotation);
-        y[at] = pair.x;
-        y[at + p.half] = pair.y;
+    let at = (token * heads + head) * 2u * p.half + i;
+    let kv_head = (p.start + token) * p.kv_heads + head - p.heads;
+    if head >= p.heads + p.kv_heads {
+        let to = (kv_head - p.kv_heads) * 2u * p.half + i;
+        values[to] = x[at];
+        values[to + p.half] = x[at + p.half];
         return;
     }
-    let kv_head = (head - p.heads) % p.kv_heads;
-    let source = (token * p.kv_heads + kv_head) * 2u * p.half + i;
-    let to = source + p.start * p.kv_heads * 2u * p.half;
-    if head < p.heads + p.kv_heads {
-        let pair = rotated(k[source], k[source + p.half], rotation);
-        keys[to] = pair.x;
-        keys[to + p.half] = pair.y;
+    let turned = rotated(x[at], x[at + p.half], cos_sin(rotary_angle(p.start + token, frequency[i])));
+    if head < p.heads {
+        let to = (token * p.heads + head) * 2u * p.half + i;
+        y[to] = turned.x;
+        y[to + p.half] = turned.y;
     } else {
-        values[to] = v[source];
-        values[to + p.half] = v[source + p.half];
+        let to = kv_head * 2u * p.half + i;
+        keys[to] = turned.x;
+        keys[to + p.half] = turned.y;
     }
 }

@@ -219,7 +219,7 @@ pub fn fingerprint(gpu: &Gpu) -> String {
 /// The products of a model in forward passes of these numbers of rows, and of the backward passes if `training`.
 pub fn products(llama: &Llama, rows: &[usize], training: bool) -> Vec<Product> {
     let shards = llama.parameters().into_iter().flat_map(|p| &p.shards);
-    let matrices = shards.filter_map(|w| match w.shape()[..] {
+    let matrices = shards.chain(llama.joined()).filter_map(|w| match w.shape()[..] {
         [out, into] => Some((w.dtype(), out, into)),
         _ => None,
     });

@@ -19,10 +19,16 @@ fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
     return mat2x4<f32>(widen(w[at]), widen(w[at + 1u]));
 }
 
-fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
-    return vec2<f32>(1.0, 0.0);
+const MINIMA: bool = false;
+
+fn weight8_raw(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
+    return weight8(row, columns, oct);
 }
 
-fn weight8_scaled(row: u32, columns: u32, oct: u32, scale: vec2<f32>) -> mat2x4<f32> {
-    return weight8(row, columns, oct);
+fn raw_factor(i: u32) -> f32 {
+    return 1.0;
+}
+
+fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
+    return vec2<f32>(1.0, 0.0);
 }

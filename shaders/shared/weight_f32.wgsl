@@ -18,12 +18,22 @@ fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
     return mat2x4<f32>(w[at], w[at + 1u]);
 }
 
-// Scale and minimum of elements 32 block .. 32 block + 31, for types that have them.
-fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
-    return vec2<f32>(1.0, 0.0);
+// For kernels that take 32 elements, a block, at a time: a sum of x w over a block is
+//   d sum(x raw_factor raw) + m sum(x),  (d, m) = weight_scale
+// so that less is done for each element where elements are quantised. Here raw is the element itself.
+const MINIMA: bool = false;   // m may be other than 0
+
+// Elements 8 oct .. 8 oct + 7; columns a multiple of 8.
+fn weight8_raw(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
+    return weight8(row, columns, oct);
 }
 
-// `weight8` for elements whose scale is at hand.
-fn weight8_scaled(row: u32, columns: u32, oct: u32, scale: vec2<f32>) -> mat2x4<f32> {
-    return weight8(row, columns, oct);
+// For element i of eight.
+fn raw_factor(i: u32) -> f32 {
+    return 1.0;
+}
+
+// Of elements 32 block .. 32 block + 31.
+fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
+    return vec2<f32>(1.0, 0.0);
 }

@@ -21,16 +21,27 @@ fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
 }
 
 fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
-    return weight8_scaled(row, columns, oct, weight_scale(row, columns, oct / 4u));
+    let word = w[row_start(row, columns) + oct];
+    let scale = weight_scale(row, columns, oct / 4u);
+    let d = vec4<f32>(scale.x);
+    let m = vec4<f32>(scale.y);
+    return mat2x4<f32>(fma(d, nibbles(word), m), fma(d, nibbles(word >> 16u), m));
+}
+
+const MINIMA: bool = true;
+
+// Nibble i where it stands in the word, 16^i q, which spares a shift; the last one would be a sign and is shifted.
+fn weight8_raw(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
+    let word = w[row_start(row, columns) + oct];
+    let low = vec4<u32>(word) & vec4<u32>(0xfu, 0xf0u, 0xf00u, 0xf000u);
+    let high = vec4<u32>(word & 0xf0000u, word & 0xf00000u, word & 0xf000000u, word >> 28u);
+    return mat2x4<f32>(vec4<f32>(bitcast<vec4<i32>>(low)), vec4<f32>(bitcast<vec4<i32>>(high)));
+}
+
+fn raw_factor(i: u32) -> f32 {
+    return select(exp2(-4.0 * f32(i)), 1.0, i == 7u);
 }
 
 fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
     return unpack2x16float(w[row_start(row, columns) + columns / 8u + block]);
-}
-
-fn weight8_scaled(row: u32, columns: u32, oct: u32, scale: vec2<f32>) -> mat2x4<f32> {
-    let word = w[row_start(row, columns) + oct];
-    let d = vec4<f32>(scale.x);
-    let m = vec4<f32>(scale.y);
-    return mat2x4<f32>(fma(d, nibbles(word), m), fma(d, nibbles(word >> 16u), m));
 }

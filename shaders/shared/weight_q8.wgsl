@@ -24,14 +24,28 @@ fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
 }
 
 fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
-    return weight8_scaled(row, columns, oct, weight_scale(row, columns, oct / 4u));
+    let start = row_start(row, columns);
+    let scale = block_scale(start, columns, oct / 4u);
+    return mat2x4<f32>(scale * signed(w[start + 2u * oct]), scale * signed(w[start + 2u * oct + 1u]));
+}
+
+const MINIMA: bool = false;
+
+// Four q 2^24: what lies below a byte is masked, instead of shifting the byte down again.
+fn top_bytes(word: u32) -> vec4<f32> {
+    let top = vec4<u32>(word << 24u, word << 16u, word << 8u, word) & vec4<u32>(0xff000000u);
+    return vec4<f32>(bitcast<vec4<i32>>(top));
+}
+
+fn weight8_raw(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
+    let at = row_start(row, columns) + 2u * oct;
+    return mat2x4<f32>(top_bytes(w[at]), top_bytes(w[at + 1u]));
+}
+
+fn raw_factor(i: u32) -> f32 {
+    return 1.0;
 }
 
 fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
-    return vec2<f32>(block_scale(row_start(row, columns), columns, block), 0.0);
-}
-
-fn weight8_scaled(row: u32, columns: u32, oct: u32, scale: vec2<f32>) -> mat2x4<f32> {
-    let at = row_start(row, columns) + 2u * oct;
-    return mat2x4<f32>(scale.x * signed(w[at]), scale.x * signed(w[at + 1u]));
+    return vec2<f32>(exp2(-24.0) * block_scale(row_start(row, columns), columns, block), 0.0);
 }

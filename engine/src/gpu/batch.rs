@@ -255,7 +255,8 @@ impl Gpu {
         });
         let id = self.0.pool.borrow_mut().adopt(bytes);
         // Not the pool's: its buffers have another use.
-        (grids, Buffer(Rc::new(Allocation { raw, id, bytes, gpu: Weak::new() })))
+        let (offset, whole, gpu) = (0, None, Weak::new());
+        (grids, Buffer(Rc::new(Allocation { raw, id, offset, bytes, whole, gpu })))
     }
 
     /// Submits the open batch without waiting.
@@ -394,10 +395,15 @@ fn bind(
     let mut entries =
         vec![wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(params) }];
     for (i, buffer) in reads.iter().chain(writes).enumerate() {
-        entries.push(wgpu::BindGroupEntry {
-            binding: i as u32 + 1,
-            resource: buffer.0.raw.as_entire_binding(),
-        });
+        // A part ends with its last quad, which kernels may read whole; a buffer of its own where its memory ends.
+        let part = buffer.0.whole.as_ref().map(|_| buffer.bytes().next_multiple_of(16));
+        let binding = wgpu::BufferBinding {
+            buffer: &buffer.0.raw,
+            offset: buffer.0.offset,
+            size: part.and_then(wgpu::BufferSize::new),
+        };
+        let resource = wgpu::BindingResource::Buffer(binding);
+        entries.push(wgpu::BindGroupEntry { binding: i as u32 + 1, resource });
     }
     device.create_bind_group(&wgpu::BindGroupDescriptor {
         label: None,

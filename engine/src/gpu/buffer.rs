@@ -20,8 +20,12 @@ pub(super) struct Allocation {
     pub raw: wgpu::Buffer,
     /// Unique for the lifetime of the device; keys the bind-group cache.
     pub id: u64,
+    /// Where it begins in `raw`; not 0 only in a part.
+    pub offset: u64,
     /// Bytes that the owner asked for.
     pub bytes: u64,
+    /// Of what it is a part; the whole owns the memory.
+    pub whole: Option<Buffer>,
     pub gpu: Weak<GpuInner>,
 }
 
@@ -31,9 +35,10 @@ impl Buffer {
         self.0.bytes
     }
 
-    /// True when both are the same memory.
+    /// True when both are the same memory, or parts of it.
     pub fn same(&self, other: &Buffer) -> bool {
-        self.0.id == other.0.id
+        let owner = |buffer: &Buffer| buffer.0.whole.as_ref().map_or(buffer.0.id, |b| b.0.id);
+        owner(self) == owner(other)
     }
 }
 
@@ -45,7 +50,7 @@ impl std::fmt::Debug for Buffer {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        if let Some(gpu) = self.gpu.upgrade() {
+        if let Some(gpu) = self.gpu.upgrade().filter(|_| self.whole.is_none()) {
             gpu.pool.borrow_mut().put(self.raw.clone(), self.id);
         }
     }
@@ -91,6 +96,11 @@ impl Pool {
     pub fn adopt(&mut self, class: u64) -> u64 {
         self.memory.reserved += class;
         self.use_bytes(class);
+        self.new_id()
+    }
+
+    /// An id that was never given out.
+    pub fn new_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
     }

@@ -51,13 +51,34 @@ impl Gpu {
                 None => return self.alloc(0, op, tensor),
             },
         };
-        let buffer = Buffer(Rc::new(Allocation { raw, id, bytes, gpu: Rc::downgrade(&self.0) }));
+        let gpu = Rc::downgrade(&self.0);
+        let buffer = Buffer(Rc::new(Allocation { raw, id, offset: 0, bytes, whole: None, gpu }));
         if inner.options.guards {
             let words = [GUARD_WORD; GUARD_BYTES as usize / 4];
             self.flush();
             inner.queue.write_buffer(&buffer.0.raw, padded, bytemuck::cast_slice(&words));
         }
         buffer
+    }
+
+    /// Where a part of a buffer may begin: at multiples of this many bytes.
+    pub fn part_alignment(&self) -> u64 {
+        u64::from(self.0.device.limits().min_storage_buffer_offset_alignment)
+    }
+
+    /// A part of `whole` that kernels and copies take like a buffer of its own. It keeps the whole alive. No dispatch
+    /// may write one part and bind another.
+    ///
+    /// # Panics
+    /// If `whole` is a part itself, the part lies beyond its end, or `offset` is no multiple of
+    /// [`Gpu::part_alignment`].
+    pub fn part(&self, whole: &Buffer, offset: u64, bytes: u64) -> Buffer {
+        assert!(whole.0.whole.is_none(), "a part of a part");
+        assert!(offset + bytes <= whole.bytes(), "{bytes} bytes at {offset} of {whole:?}");
+        assert!(offset.is_multiple_of(self.part_alignment()), "a part at {offset} of {whole:?}");
+        let (raw, id) = (whole.0.raw.clone(), self.0.pool.borrow_mut().new_id());
+        let (whole, gpu) = (Some(whole.clone()), Rc::downgrade(&self.0));
+        Buffer(Rc::new(Allocation { raw, id, offset, bytes, whole, gpu }))
     }
 
     /// A new buffer from the driver; the pool is emptied first if the budget or the device is short.
@@ -129,7 +150,7 @@ impl Gpu {
         self.flush();
         let split = bytes.len() > UPLOAD_CHUNK;
         for (i, chunk) in bytes.chunks(UPLOAD_CHUNK).enumerate() {
-            let at = offset + (i * UPLOAD_CHUNK) as u64;
+            let at = buffer.0.offset + offset + (i * UPLOAD_CHUNK) as u64;
             let whole = chunk.len() & !3;
             self.0.queue.write_buffer(&buffer.0.raw, at, &chunk[..whole]);
             if whole < chunk.len() {
@@ -154,9 +175,9 @@ impl Gpu {
         batch.pass = None;
         batch.encoder(&self.0.device).copy_buffer_to_buffer(
             &from.0.raw,
-            from_offset,
+            from.0.offset + from_offset,
             &to.0.raw,
-            to_offset,
+            to.0.offset + to_offset,
             bytes,
         );
     }
@@ -169,7 +190,7 @@ impl Gpu {
         let mut batch = self.0.batch.borrow_mut();
         batch.pass = None;
         let bytes = buffer.bytes().next_multiple_of(4);
-        batch.encoder(&self.0.device).clear_buffer(&buffer.0.raw, 0, Some(bytes));
+        batch.encoder(&self.0.device).clear_buffer(&buffer.0.raw, buffer.0.offset, Some(bytes));
     }
 
     /// In guard mode, says whether the pattern behind `buffer` is intact.
@@ -177,8 +198,9 @@ impl Gpu {
         if !self.0.options.guards {
             return Ok(true);
         }
-        let at = buffer.bytes().next_multiple_of(16);
-        let bytes = pollster::block_on(self.read_async(buffer, at, GUARD_BYTES))?;
+        let owner = buffer.0.whole.as_ref().unwrap_or(buffer);
+        let at = owner.bytes().next_multiple_of(16);
+        let bytes = pollster::block_on(self.read_async(owner, at, GUARD_BYTES))?;
         Ok(bytes.chunks_exact(4).all(|w| w == GUARD_WORD.to_ne_bytes()))
     }
 }

@@ -41,7 +41,8 @@ impl Gpu {
             let mut batch = inner.batch.borrow_mut();
             batch.pass = None;
             let encoder = batch.encoder(&inner.device);
-            encoder.copy_buffer_to_buffer(&buffer.0.raw, offset, &staging, 0, size);
+            let from = buffer.0.offset + offset;
+            encoder.copy_buffer_to_buffer(&buffer.0.raw, from, &staging, 0, size);
         }
         // A submission that was refused never ends.
         let submission = self.submit().filter(|_| !self.faulted());

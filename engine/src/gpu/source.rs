@@ -8,6 +8,7 @@ const SHARED: &[(&str, &str)] = &[
     ("coop_f16_8", include_str!("../../../shaders/shared/coop_f16_8.wgsl")),
     ("coop_f32_8", include_str!("../../../shaders/shared/coop_f32_8.wgsl")),
     ("eight", include_str!("../../../shaders/shared/eight.wgsl")),
+    ("few", include_str!("../../../shaders/shared/few.wgsl")),
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
     ("gumbel", include_str!("../../../shaders/shared/gumbel.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),

@@ -2,54 +2,27 @@
 //! with rotary positions and a SwiGLU feed-forward, a final norm, a head. Nothing here is specific to diffusion:
 //! only the mask and the loss differ (arXiv 2601.15892 §2.2).
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 
 use super::cache::KvCache;
 use super::config::LlamaConfig;
+use super::parameter::{
+    Fresh, Parameter, Precision, Source, Stored, joined, parameter, saved_type, widen,
+};
 use super::save::{SaveTensor, save_model};
 use super::tokenizer::Tokenizer;
-use super::weights::quant::repack;
 use super::weights::{StoredType, Weights};
+use crate::Result;
 use crate::autograd::{checkpoint, without_recording};
 use crate::gpu::Gpu;
 use crate::ops::{
-    self, AttentionOptions, Mask, add_rms_norm, attention, embedding, linear, linear_onto,
-    rms_norm, rope, rope_into_cache, swiglu,
+    self, AttentionOptions, Mask, attention, embedding, linear, linear_onto, norm_linear,
+    norm_swiglu, rms_norm, rope, rope_into_cache, swiglu,
 };
-use crate::philox::Philox;
-use crate::tensor::stored::{decode, encode};
-use crate::tensor::{DType, QUANT_BLOCK, Tensor};
-use crate::{Error, Result};
-
-/// How weight matrices rest in device memory; norms are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// As the file has them: floats unchanged, blocks of Q8_0 as [`DType::Q8`], of Q4_0 and Q4_1 as
-    /// [`DType::Q4`], all exactly.
-    Stored,
-    /// f32, as training needs.
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// IEEE half.
-    F16,
-    /// 8-bit blocks of 32, [`DType::Q8`].
-    Q8,
-    /// 4-bit blocks of 32, [`DType::Q4`].
-    Q4,
-}
-
-/// One named weight. A matrix larger than one storage binding is several tensors of consecutive rows.
-#[derive(Clone)]
-pub struct Parameter {
-    /// Hugging Face name.
-    pub name: String,
-    /// Whole extents.
-    pub shape: Vec<usize>,
-    /// Row shards in order.
-    pub shards: Vec<Tensor>,
-}
+use crate::tensor::Tensor;
+use crate::tensor::stored::encode;
 
 /// A model on a device.
 pub struct Llama {
@@ -73,6 +46,10 @@ struct Layer {
     gate: Parameter,
     up: Parameter,
     down: Parameter,
+    /// q, k and v as one tensor where they share memory, which decoding multiplies by at once.
+    qkv: Option<Tensor>,
+    /// The same of gate and up.
+    gate_up: Option<Tensor>,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -110,8 +87,7 @@ impl Llama {
         weights: &Weights,
         precision: Precision,
     ) -> Result<Llama> {
-        let model =
-            Self::build(gpu, config, |name, shape| upload(gpu, weights, precision, name, shape))?;
+        let model = Self::build(gpu, config, Stored { weights, precision })?;
         gpu.sync()?;
         Ok(model)
     }
@@ -119,56 +95,50 @@ impl Llama {
     /// Fresh f32 weights: normal with deviation 0.02, those that write to the residual stream divided by
     /// √(2 L), norms one.
     pub fn random(gpu: &Gpu, config: &LlamaConfig, seed: u64) -> Result<Llama> {
-        let mut index = 0;
         let residual = 0.02 / (2.0 * config.num_hidden_layers as f32).sqrt();
-        let model = Self::build(gpu, config, |name, shape| {
-            index += 1;
-            let mut random = Philox::new(seed, [index, 0, 0]);
-            let std = if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
-                residual
-            } else {
-                0.02
-            };
-            let norm = shape.len() == 1;
-            sharded(gpu, name, shape, DType::F32, |rows| {
-                let n = rows.len() * shape[1..].iter().product::<usize>();
-                let values = (0..n).map(|_| if norm { 1.0 } else { std * random.normal() });
-                Ok(bytemuck::cast_slice(&values.collect::<Vec<f32>>()).to_vec())
-            })
-        })?;
+        let model = Self::build(gpu, config, Fresh::new(seed, residual))?;
         gpu.sync()?;
         Ok(model)
     }
 
-    fn build(
-        gpu: &Gpu,
-        config: &LlamaConfig,
-        mut make: impl FnMut(&str, &[usize]) -> Result<Parameter>,
-    ) -> Result<Llama> {
-        let shapes: std::collections::HashMap<_, _> = config.parameters().into_iter().collect();
-        let mut get = |name: &str| make(name, &shapes[name]);
-        let embed = get("model.embed_tokens.weight")?;
+    fn build(gpu: &Gpu, config: &LlamaConfig, mut source: impl Source) -> Result<Llama> {
+        let shapes: HashMap<_, _> = config.parameters().into_iter().collect();
+        let get = |source: &mut _, name: &str| parameter(gpu, source, name, &shapes[name]);
+        let embed = get(&mut source, "model.embed_tokens.weight")?;
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
-            let mut part = |name: &str| get(&format!("model.layers.{i}.{name}.weight"));
+            let name = |part: &str| format!("model.layers.{i}.{part}.weight");
+            let part = |source: &mut _, part: &str| get(source, &name(part));
+            let input_norm = part(&mut source, "input_layernorm")?;
+            let names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(name);
+            let ([q, k, v], qkv) = joined(gpu, &mut source, names, &shapes)?;
+            let o = part(&mut source, "self_attn.o_proj")?;
+            let post_norm = part(&mut source, "post_attention_layernorm")?;
+            let names = ["mlp.gate_proj", "mlp.up_proj"].map(name);
+            let ([gate, up], gate_up) = joined(gpu, &mut source, names, &shapes)?;
             layers.push(Rc::new(Layer {
-                input_norm: part("input_layernorm")?,
-                q: part("self_attn.q_proj")?,
-                k: part("self_attn.k_proj")?,
-                v: part("self_attn.v_proj")?,
-                o: part("self_attn.o_proj")?,
-                post_norm: part("post_attention_layernorm")?,
-                gate: part("mlp.gate_proj")?,
-                up: part("mlp.up_proj")?,
-                down: part("mlp.down_proj")?,
+                input_norm,
+                q,
+                k,
+                v,
+                o,
+                post_norm,
+                gate,
+                up,
+                down: part(&mut source, "mlp.down_proj")?,
+                qkv,
+                gate_up,
                 heads: config.num_attention_heads,
                 kv_heads: config.num_key_value_heads,
                 head_dim: config.head_dim,
                 eps: config.rms_norm_eps,
             }));
         }
-        let norm = get("model.norm.weight")?;
-        let head = if config.tie_word_embeddings { None } else { Some(get("lm_head.weight")?) };
+        let norm = get(&mut source, "model.norm.weight")?;
+        let head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(get(&mut source, "lm_head.weight")?),
+        };
         let inv_freq = Tensor::from_f32(gpu, &config.inv_freq(), [config.head_dim / 2]);
         let (gpu, config) = (gpu.clone(), config.clone());
         Ok(Llama { gpu, config, inv_freq, embed, layers, norm, head })
@@ -206,6 +176,11 @@ impl Llama {
     pub fn parameters(&self) -> Vec<&Parameter> {
         let layers = self.layers.iter().flat_map(|l| l.parameters());
         [&self.embed].into_iter().chain(layers).chain([&self.norm]).chain(&self.head).collect()
+    }
+
+    /// Tensors that hold several parameters one behind the other, for products that use them at once.
+    pub fn joined(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(|layer| layer.qkv.iter().chain(&layer.gate_up))
     }
 
     /// Row shards of the output head: [V_i, D].
@@ -253,14 +228,10 @@ impl Llama {
         let step = Step { start, inv_freq: &self.inv_freq, options };
         without_recording(|| {
             let mut x = embedding(&tokens.reshape([t]), &self.embed.shards);
-            let norms = self.layers.iter().map(|layer| &layer.input_norm).chain([&self.norm]);
-            let mut norms = norms.map(|norm| &norm.shards[0]);
-            let first = norms.next().expect("the final norm is one of them");
-            let mut h = rms_norm(&x, first, self.config.rms_norm_eps);
-            for (i, (layer, norm)) in self.layers.iter().zip(norms).enumerate() {
-                (x, h) = layer.decode(&x, &h, norm, &step, cache.layer(i));
+            for (i, layer) in self.layers.iter().enumerate() {
+                x = layer.decode(&x, &step, cache.layer(i));
             }
-            h
+            rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
         })
     }
 
@@ -333,101 +304,18 @@ impl Layer {
         linear_onto(&x, &f, &self.down.shards)
     }
 
-    /// The same block in fewer dispatches, without gradients, on one sequence and its cache: x, the residual stream,
-    /// and h, its norm, both [T, D]. Returns x behind the block, and its norm under `next_norm`.
-    fn decode(
-        &self,
-        x: &Tensor,
-        h: &Tensor,
-        next_norm: &Tensor,
-        step: &Step<'_>,
-        (keys, values): (&Tensor, &Tensor),
-    ) -> (Tensor, Tensor) {
+    /// The same block in fewer dispatches, without gradients, on one sequence and its cache: x [T, D] → [T, D].
+    fn decode(&self, x: &Tensor, step: &Step<'_>, (keys, values): (&Tensor, &Tensor)) -> Tensor {
         let t = x.shape()[0];
-        let heads = |w: &Parameter, n| linear(h, &w.shards).reshape([1, t, n, self.head_dim]);
-        let (q, k) = (heads(&self.q, self.heads), heads(&self.k, self.kv_heads));
-        let v = heads(&self.v, self.kv_heads);
-        let q = rope_into_cache([&q, &k, &v], step.inv_freq, step.start, keys, values);
+        let apart = || [&self.q, &self.k, &self.v].map(|p| p.shards.clone()).concat();
+        let qkv = self.qkv.as_ref().map_or_else(apart, |joined| vec![joined.clone()]);
+        let qkv = norm_linear(x, (&self.input_norm.shards[0], self.eps), &qkv);
+        let q = rope_into_cache(&qkv, step.inv_freq, step.start, keys, values);
         let a = attention(&q, keys, values, &step.options).reshape([t, self.heads * self.head_dim]);
-        let (x, h) =
-            add_rms_norm(x, &linear(&a, &self.o.shards), &self.post_norm.shards[0], self.eps);
-        let f = swiglu(&linear(&h, &self.gate.shards), &linear(&h, &self.up.shards));
-        add_rms_norm(&x, &linear(&f, &self.down.shards), next_norm, self.eps)
+        let x = linear_onto(x, &a, &self.o.shards);
+        let norm = (&self.post_norm.shards[0], self.eps);
+        let (gate, up) = (&self.gate.shards, &self.up.shards);
+        let f = norm_swiglu(&x, norm, gate, up, self.gate_up.as_ref());
+        linear_onto(&x, &f, &self.down.shards)
     }
-}
-
-/// Makes a parameter of row shards that one binding can take; `rows` gives the bytes of a row range.
-fn sharded(
-    gpu: &Gpu,
-    name: &str,
-    shape: &[usize],
-    dtype: DType,
-    mut rows: impl FnMut(std::ops::Range<usize>) -> Result<Vec<u8>>,
-) -> Result<Parameter> {
-    let row_bytes = dtype.row_bytes(shape[1..].iter().product());
-    // Multiples of four rows keep every shard on the fast kernels.
-    let most = ((gpu.max_binding() as usize / row_bytes.max(1)) & !3).max(1);
-    let mut shards = Vec::new();
-    for first in (0..shape[0]).step_by(most) {
-        let range = first..(first + most).min(shape[0]);
-        let extents = [&[range.len()], &shape[1..]].concat();
-        shards.push(Tensor::from_bytes(gpu, &rows(range)?, extents, dtype, name));
-    }
-    Ok(Parameter { name: name.to_owned(), shape: shape.to_vec(), shards })
-}
-
-fn upload(
-    gpu: &Gpu,
-    weights: &Weights,
-    precision: Precision,
-    name: &str,
-    shape: &[usize],
-) -> Result<Parameter> {
-    let stored = weights.dtype(name);
-    let dtype = match (shape.len(), precision, stored) {
-        (2, Precision::Bf16, _) | (2, Precision::Stored, StoredType::BF16) => DType::Bf16,
-        (2, Precision::F16, _) | (2, Precision::Stored, StoredType::F16) => DType::F16,
-        (2, Precision::Q8, _) | (2, Precision::Stored, StoredType::Q8_0) => DType::Q8,
-        (2, Precision::Q4, _) | (2, Precision::Stored, StoredType::Q4_0 | StoredType::Q4_1) => {
-            DType::Q4
-        }
-        _ => DType::F32,
-    };
-    let columns: usize = shape[1..].iter().product();
-    if matches!(dtype, DType::Q8 | DType::Q4) && !columns.is_multiple_of(QUANT_BLOCK) {
-        return Err(Error::model(
-            weights.path(),
-            format!(
-                "{name} has rows of {columns}, which are no whole blocks of {QUANT_BLOCK}; load it in a \
-                 precision without blocks (bf16, say)"
-            ),
-        ));
-    }
-    sharded(gpu, name, shape, dtype, |rows| {
-        if saved_type(stored) == dtype
-            && let Some(bytes) = weights.rows_bytes(name, rows.clone())?
-        {
-            return Ok(bytes.into_owned());
-        }
-        if let (StoredType::Q8_0, DType::Q8) | (StoredType::Q4_0 | StoredType::Q4_1, DType::Q4) =
-            (stored, dtype)
-        {
-            return Ok(repack(stored, &weights.rows_stored(name, rows)?, columns));
-        }
-        Ok(encode(&weights.rows_f32(name, rows)?, columns, dtype))
-    })
-}
-
-/// The type that weights are saved as.
-fn saved_type(dtype: StoredType) -> DType {
-    match dtype {
-        StoredType::BF16 => DType::Bf16,
-        StoredType::F16 => DType::F16,
-        _ => DType::F32,
-    }
-}
-
-/// A shard's values as f32 on the host.
-fn widen(shard: &Tensor) -> Result<Vec<f32>> {
-    Ok(decode(&shard.to_bytes()?, shard.shape().last(), shard.dtype()))
 }

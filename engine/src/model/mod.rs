@@ -4,12 +4,14 @@ mod cache;
 pub mod config;
 pub mod gguf;
 mod llama;
+mod parameter;
 pub mod save;
 pub mod tokenizer;
 pub mod weights;
 
 pub use cache::KvCache;
 pub use config::{LlamaConfig, RopeScaling};
-pub use llama::{Inputs, Llama, Parameter, Precision};
+pub use llama::{Inputs, Llama};
+pub use parameter::{Parameter, Precision};
 pub use tokenizer::Tokenizer;
 pub use weights::{StoredType, Weights};

@@ -4,7 +4,8 @@
 use crate::gpu::Gpu;
 use crate::philox::Philox;
 use crate::tensor::host::Array;
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::stored::{decode, encode};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// An op applied to its inputs on the device.
 pub type Run = Box<dyn Fn(&[Tensor]) -> Tensor>;
@@ -44,6 +45,8 @@ pub enum Input {
     Away(Shape),
     /// Positive values in [0.5, 2); differentiable.
     Positive(Shape),
+    /// Normal values as a weight of this type rests in memory; the reference sees them as they read back.
+    Weight(Shape, DType),
     /// Given integers (tokens, positions, spans).
     Integers(Shape, Vec<u32>),
 }
@@ -125,13 +128,14 @@ impl Input {
     /// Extents.
     pub fn shape(&self) -> &Shape {
         match self {
-            Input::Normal(s) | Input::Away(s) | Input::Positive(s) | Input::Integers(s, _) => s,
+            Input::Normal(s) | Input::Away(s) | Input::Positive(s) => s,
+            Input::Weight(s, _) | Input::Integers(s, _) => s,
         }
     }
 
     /// True if gradients flow into it.
     pub fn is_differentiable(&self) -> bool {
-        !matches!(self, Input::Integers(..))
+        !matches!(self, Input::Integers(..) | Input::Weight(..))
     }
 
     /// Its values for a seed; f32-representable, so device and reference see the same numbers.
@@ -139,7 +143,7 @@ impl Input {
         let mut random = Philox::new(seed, [0; 3]);
         let mut draw = || match self {
             // One in 32 is an outlier: eight times as large.
-            Input::Normal(_) => {
+            Input::Normal(_) | Input::Weight(..) => {
                 let scale = if random.below(32) == 0 { 8.0 } else { 1.0 };
                 scale * random.normal()
             }
@@ -154,6 +158,12 @@ impl Input {
             Input::Integers(shape, values) => {
                 Array::new(shape, values.iter().map(|&v| f64::from(v)).collect())
             }
+            Input::Weight(shape, dtype) => {
+                let values: Vec<f32> = (0..shape.numel()).map(|_| draw()).collect();
+                let stored = encode(&values, shape.last(), *dtype);
+                let values = decode(&stored, shape.last(), *dtype);
+                Array::new(shape, values.into_iter().map(f64::from).collect())
+            }
             other => Array::from_fn(other.shape(), |_| f64::from(draw())),
         }
     }
@@ -162,6 +172,11 @@ impl Input {
     pub fn upload(&self, gpu: &Gpu, values: &Array) -> Tensor {
         match self {
             Input::Integers(shape, values) => Tensor::from_u32(gpu, values, shape),
+            Input::Weight(shape, dtype) => {
+                let values: Vec<f32> = values.data.iter().map(|&v| v as f32).collect();
+                let stored = encode(&values, shape.last(), *dtype);
+                Tensor::from_bytes(gpu, &stored, shape, *dtype, "weight")
+            }
             other => {
                 let data: Vec<f32> = values.data.iter().map(|&v| v as f32).collect();
                 Tensor::from_f32(gpu, &data, other.shape())

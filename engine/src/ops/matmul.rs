@@ -9,6 +9,7 @@ mod kernels;
 
 use crate::tensor::{DType, Shape, Tensor};
 
+pub(crate) use kernels::Around;
 pub use kernels::{MatmulKernel, Product};
 
 /// Which operand is stored transposed.
@@ -158,7 +159,7 @@ fn product(
 ) {
     if e.k > 0 {
         let kernel = MatmulKernel::choose(a.gpu(), layout, b.dtype(), e);
-        kernel.run(a, b, layout, e, target, residual);
+        kernel.run(a, b, layout, e, target, &Around { residual, ..Around::default() });
     } else if let Some(r) = residual {
         a.gpu().copy(r.buffer(), 0, target.y.buffer(), 0, r.buffer().bytes());
     } else if !target.add {

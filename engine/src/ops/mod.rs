@@ -6,6 +6,7 @@ mod embedding;
 mod linear;
 mod linear_cross_entropy;
 mod matmul;
+mod norm_linear;
 mod optimizer;
 mod reduce;
 mod rms_norm;
@@ -27,9 +28,10 @@ pub use embedding::embedding;
 pub use linear::{linear, linear_onto, rows};
 pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
 pub use matmul::{Layout, MatmulKernel, Product, matmul};
+pub use norm_linear::{norm_linear, norm_swiglu};
 pub use optimizer::{AdamW, adamw_step, grad_norm};
 pub use reduce::{max, mean, sum, sum_all, sum_to};
-pub use rms_norm::{add_rms_norm, rms_norm};
+pub use rms_norm::rms_norm;
 pub use rope::{rope, rope_into_cache};
 pub use softmax::softmax;
 pub use swiglu::swiglu;
@@ -44,6 +46,7 @@ pub fn cases() -> Vec<case::Case> {
         linear::cases(),
         linear_cross_entropy::cases(),
         matmul::cases(),
+        norm_linear::cases(),
         optimizer::cases(),
         reduce::cases(),
         rms_norm::cases(),

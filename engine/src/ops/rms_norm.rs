@@ -9,7 +9,6 @@ use crate::ops::reduce::{pieces, row_lanes, sum};
 use crate::tensor::{DType, Tensor};
 
 const FORWARD: Kernel = kernel!("rms_norm");
-const ADD: Kernel = kernel!("add_rms_norm");
 const DX: Kernel = kernel!("rms_norm_dx");
 const DW: Kernel = kernel!("rms_norm_dw");
 
@@ -58,26 +57,6 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
     })
 }
 
-/// x + y and its norm in one, for decoding: a branch comes back to the residual stream and the next one begins. Has no
-/// derivative.
-///
-/// # Panics
-/// If `w` is not [D] for `x`, `y`: [.., D], or one of them is not f32.
-#[track_caller]
-pub fn add_rms_norm(x: &Tensor, y: &Tensor, w: &Tensor, eps: f32) -> (Tensor, Tensor) {
-    let [rows, d] = x.shape().matrix();
-    let fits = !x.shape().is_empty() && x.shape() == y.shape() && **w.shape() == [d];
-    assert!(fits, "add_rms_norm: x {}, y {} and w {} do not fit", x.shape(), y.shape(), w.shape());
-    let floats = [x, y, w].iter().all(|t| t.dtype() == DType::F32);
-    assert!(floats, "add_rms_norm: {x:?}, {y:?} and {w:?} must be f32");
-    let (pieces, wide) = pieces(d);
-    let params = Params { rows: rows as u32, pieces: pieces as u32, d: d as u32, eps };
-    let (z, n) = (x.empty_like("add_rms_norm"), x.empty_like("add_rms_norm"));
-    ADD.with(&[row_lanes(x.gpu(), d), wide]).run(&params, &[x, y, w], &[&z, &n], fold(rows));
-    let inputs = [x, y, w];
-    (z.record_none("add_rms_norm", &inputs), n.record_none("add_rms_norm", &inputs))
-}
-
 #[cfg(feature = "cases")]
 pub use cases::cases;
 
@@ -109,37 +88,10 @@ mod cases {
         .tolerance(Tolerance::SUM)
     }
 
-    /// The sum or its norm.
-    fn added(shape: &[usize], norm: bool) -> Case {
-        let d = *shape.last().expect("a last axis");
-        let result = if norm { "norm" } else { "sum" };
-        Case::new(
-            format!("add_rms_norm {result} {shape:?}"),
-            vec![
-                Input::Normal(shape.into()),
-                Input::Normal(shape.into()),
-                Input::Normal([d].into()),
-            ],
-            move |t| {
-                let t: Vec<Tensor> = t.iter().map(Tensor::detach).collect();
-                let (sum, normed) = add_rms_norm(&t[0], &t[1], &t[2], EPS as f32);
-                if norm { normed } else { sum }
-            },
-            move |x| {
-                let sum = x[0].data.iter().zip(&x[1].data).map(|(x, y)| x + y).collect();
-                let sum = Array::new(&x[0].shape, sum);
-                if norm { reference(&sum, &x[2]) } else { sum }
-            },
-        )
-    }
-
     /// Root-mean-square norm's cases.
     pub fn cases() -> Vec<Case> {
         let shapes = [&[1][..], &[3, 5], &[2, 33, 7], &[4, 257], &[3, 3000], &[70, 130], &[0, 3]];
         let mut cases: Vec<_> = shapes.into_iter().map(case).collect();
-        for norm in [false, true] {
-            cases.extend([&[1][..], &[2, 3, 7], &[3, 3000], &[0, 3]].map(|s| added(s, norm)));
-        }
         for d in [576, 4096] {
             let n = (512 * d) as f64;
             cases.push(case(&[512, d]).cost(4.0 * n, 8.0 * n));

@@ -71,33 +71,36 @@ fn rotate(x: &Tensor, positions: &Tensor, inv_freq: &Tensor, sign: f32) -> Tenso
     y
 }
 
-/// A decoding step's rotation and cache write in one: returns `q` rotated, and writes `k` rotated and `v` as it is into
-/// `keys` and `values` from row `start` on, which is the position of token 0. Has no derivative.
+/// A decoding step's rotation and cache write in one: `x` holds each token's N queries, G keys and G values. Returns the
+/// queries rotated, [1, T, N, H], and writes keys rotated and values as they are into `keys` and `values` from row
+/// `start` on, which is the position of token 0. Has no derivative.
 ///
 /// # Panics
-/// If shapes or types do not fit, or the cache has no room. q: [1, T, N, H], k, v: [1, T, G, H], inv_freq: [H / 2],
-/// keys, values: [1, capacity, G, H].
+/// If shapes or types do not fit, or the cache has no room. x: [T, (N + 2 G) H], inv_freq: [H / 2], keys, values:
+/// [1, capacity, G, H].
 #[track_caller]
 pub fn rope_into_cache(
-    [q, k, v]: [&Tensor; 3],
+    x: &Tensor,
     inv_freq: &Tensor,
     start: usize,
     keys: &Tensor,
     values: &Tensor,
 ) -> Tensor {
-    let all = [q, k, v, inv_freq, keys, values];
-    let fits = match (&**q.shape(), &**k.shape(), &**keys.shape()) {
-        (&[1, t, _, h], &[1, kt, g, kh], &[1, capacity, cache_g, cache_h]) => {
-            (kt, kh, cache_g, cache_h) == (t, h, g, h)
-                && start + t <= capacity
-                && h % 2 == 0
-                && **inv_freq.shape() == [h / 2]
+    let all = [x, inv_freq, keys, values];
+    let heads = match (&**x.shape(), &**keys.shape()) {
+        (&[t, row], &[1, capacity, g, h]) if h > 0 && row % h == 0 && start + t <= capacity => {
+            (row / h).checked_sub(2 * g)
         }
-        _ => false,
-    } && (k.shape(), keys.shape()) == (v.shape(), values.shape())
+        _ => None,
+    };
+    let fits = keys.shape() == values.shape()
+        && keys.shape().last() % 2 == 0
+        && **inv_freq.shape() == [keys.shape().last() / 2]
         && all.iter().all(|t| t.dtype() == DType::F32);
-    assert!(fits, "rope_into_cache at {start}: {all:?} do not fit, or the cache is full");
-    let [tokens, heads, kv_heads, h] = [q.shape()[1], q.shape()[2], k.shape()[2], q.shape()[3]];
+    let Some(heads) = heads.filter(|_| fits) else {
+        panic!("rope_into_cache at {start}: {all:?} do not fit, or the cache is full");
+    };
+    let [tokens, kv_heads, h] = [x.shape()[0], keys.shape()[2], keys.shape()[3]];
     let params = CacheParams {
         tokens: tokens as u32,
         heads: heads as u32,
@@ -106,9 +109,9 @@ pub fn rope_into_cache(
         start: start as u32,
     };
     let pairs = tokens * (heads + 2 * kv_heads) * (h / 2);
-    let y = q.empty_like("rope_into_cache");
-    ROPE_CACHE.run(&params, &[q, k, v, inv_freq], &[&y, keys, values], fold(pairs.div_ceil(256)));
-    y.record_none("rope_into_cache", &[q, k, v])
+    let y = Tensor::empty(x.gpu(), [1, tokens, heads, h], DType::F32, "rope_into_cache");
+    ROPE_CACHE.run(&params, &[x, inv_freq], &[&y, keys, values], fold(pairs.div_ceil(256)));
+    y.record_none("rope_into_cache", &[x])
 }
 
 #[cfg(feature = "cases")]
@@ -158,7 +161,7 @@ mod cases {
         )
     }
 
-    /// One of the three results (q, the keys, the values of a cache of zeros) of the fused op.
+    /// One of the three results (queries, the keys, the values of a cache of zeros) of the fused op.
     fn cached(
         which: usize,
         t: usize,
@@ -168,29 +171,34 @@ mod cases {
         start: usize,
     ) -> Case {
         let capacity = start + t + 2;
-        let (q, kv) = ([1, t, heads, h], [1, t, kv_heads, h]);
-        let result = ["q", "keys", "values"][which];
+        let result = ["queries", "keys", "values"][which];
+        let row = (heads + 2 * kv_heads) * h;
         Case::new(
-            format!("rope_into_cache {result} {q:?} over {kv_heads} from {start}"),
-            vec![Input::Normal(q.into()), Input::Normal(kv.into()), Input::Normal(kv.into())],
+            format!("rope_into_cache {result} {t}x{heads}x{h} over {kv_heads} from {start}"),
+            vec![Input::Normal([t, row].into())],
             move |x| {
                 let gpu = x[0].gpu();
                 let empty = || Tensor::zeros(gpu, [1, capacity, kv_heads, h], DType::F32, "cache");
                 let (keys, values) = (empty(), empty());
                 let inv_freq = Tensor::from_f32(gpu, &frequencies(h / 2), [h / 2]);
-                let x: Vec<Tensor> = x.iter().map(Tensor::detach).collect();
-                let q = rope_into_cache([&x[0], &x[1], &x[2]], &inv_freq, start, &keys, &values);
+                let q = rope_into_cache(&x[0].detach(), &inv_freq, start, &keys, &values);
                 [q, keys, values][which].clone()
             },
             move |x| {
+                // The columns of each row that the result is made of.
+                let (first, n) = [
+                    (0, heads * h),
+                    (heads * h, kv_heads * h),
+                    ((heads + kv_heads) * h, kv_heads * h),
+                ][which];
+                let part = x[0].rows().flat_map(|row| row[first..first + n].to_vec()).collect();
+                let part = Array::new([1, t, n / h, h], part);
                 let positions = Array::from_fn([t], |i| (start + i) as f64);
-                let rows = match which {
-                    0 => return reference(&x[0], &positions),
-                    1 => reference(&x[1], &positions),
-                    _ => x[2].clone(),
-                };
-                let row = kv_heads * h;
-                let row_of = |i: usize| i.checked_sub(start * row).and_then(|i| rows.data.get(i));
+                let rows = if which == 2 { part } else { reference(&part, &positions) };
+                if which == 0 {
+                    return rows;
+                }
+                let row_of = |i: usize| i.checked_sub(start * n).and_then(|i| rows.data.get(i));
                 Array::from_fn([1, capacity, kv_heads, h], |i| row_of(i).copied().unwrap_or(0.0))
             },
         )

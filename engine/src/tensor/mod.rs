@@ -1,6 +1,6 @@
 //! A tensor: shape, element type, a device buffer, and the node that made it. Always contiguous.
-//! Cloning shares the buffer. There are no views but [`Tensor::reshape`] and no in-place operations here:
-//! only the optimiser and the KV cache write in place, through their own kernels.
+//! Cloning shares the buffer. There are no views but [`Tensor::reshape`] and, for weights, [`Tensor::part`], and no
+//! in-place operations here: only the optimiser and the KV cache write in place, through their own kernels.
 
 #[cfg(feature = "cases")]
 pub mod host;
@@ -233,6 +233,20 @@ impl Tensor {
         let back = self.shape().clone();
         self.with(shape, Origin::Constant)
             .record("reshape", &[self], move |dy| vec![Some(dy.reshape(back))])
+    }
+
+    /// Rows `first` .. `first + n` of this matrix, on the same memory: writing one writes the other. Constant.
+    ///
+    /// # Panics
+    /// If the rows are not all there, or begin where no buffer may ([`Gpu::part_alignment`]).
+    #[track_caller]
+    pub fn part(&self, first: usize, n: usize) -> Tensor {
+        let [rows, columns] = self.shape().matrix();
+        assert!(first + n <= rows, "rows {first}..{} of {}", first + n, self.shape());
+        let row = self.dtype().row_bytes(columns) as u64;
+        let buffer = self.gpu().part(self.buffer(), first as u64 * row, n as u64 * row);
+        let (gpu, shape, dtype) = (self.gpu().clone(), [n, columns].into(), self.dtype());
+        Tensor(Rc::new(Inner { gpu, shape, dtype, buffer, origin: Origin::Constant }))
     }
 
     /// The same memory, cut from the graph.

@@ -1,10 +1,9 @@
 //! What matrix products must withstand: each layout, each kernel at ragged extents, each weight type.
 
-use super::kernels::MatmulKernel;
+use super::kernels::{Around, MatmulKernel};
 use super::*;
 use crate::ops::case::{Case, Input, Tolerance};
 use crate::tensor::host::Array;
-use crate::tensor::stored::{decode, encode};
 
 /// Element `i` of the product.
 fn element(a: &Array, b: &Array, layout: Layout, e: &Extents, i: usize) -> f64 {
@@ -51,7 +50,7 @@ fn forced(kernel: MatmulKernel, layout: Layout, z: &[usize], m: usize, n: usize,
     let run = move |t: &[Tensor]| {
         let y = Tensor::empty(t[0].gpu(), &extents.output, DType::F32, "matmul");
         let target = Target { y: &y, row: 0, b_row: 0, add: false };
-        kernel.run(&t[0], &t[1], layout, &extents, &target, None);
+        kernel.run(&t[0], &t[1], layout, &extents, &target, &Around::default());
         y
     };
     Case::new(
@@ -80,7 +79,8 @@ fn residual(kernel: MatmulKernel, m: usize, n: usize, k: usize) -> Case {
     let run = move |t: &[Tensor]| {
         let y = Tensor::empty(t[0].gpu(), &extents.output, DType::F32, "matmul");
         let target = Target { y: &y, row: 0, b_row: 0, add: false };
-        kernel.run(&t[0], &t[1], Layout::NT, &extents, &target, Some(&t[2]));
+        let around = Around { residual: Some(&t[2]), ..Around::default() };
+        kernel.run(&t[0], &t[1], Layout::NT, &extents, &target, &around);
         y
     };
     Case::new(
@@ -150,7 +150,7 @@ pub fn cases() -> Vec<Case> {
         );
     }
     for dtype in [DType::F16, DType::Q8, DType::Q4] {
-        for (m, n, k) in [(4, 1536, 576), (1, 1536, 576)] {
+        for (m, n, k) in [(16, 1536, 576), (4, 1536, 576), (1, 1536, 576), (1, 49_152, 576)] {
             let bytes = 4.0 * (m * (k + n)) as f64 + (n * dtype.row_bytes(k)) as f64;
             cases.push(stored(dtype, (m, n, k)).cost(2.0 * (m * n * k) as f64, bytes));
         }
@@ -160,19 +160,16 @@ pub fn cases() -> Vec<Case> {
 
 /// A weight at rest in another type: the reference reads it back the same way. Only A is differentiated.
 fn stored(dtype: DType, (m, n, k): (usize, usize, usize)) -> Case {
-    let weight: Vec<f32> = (0..n * k).map(|i| ((i * 37 % 101) as f32 - 50.0) / 31.0).collect();
-    let bytes = encode(&weight, k, dtype);
-    let decoded = decode(&bytes, k, dtype);
-    let rounded = Array::from_fn([n, k], |i| f64::from(decoded[i]));
     let (_, _, e) = shapes(Layout::NT, &[], m, n, k);
+    let sampled = e.clone();
     Case::new(
         format!("matmul NT {dtype:?} weight {m}x{n}x{k}"),
-        vec![Input::Normal([m, k].into())],
-        move |t| {
-            let b = Tensor::from_bytes(t[0].gpu(), &bytes, [n, k], dtype, "weight");
-            matmul(&t[0], &b, Layout::NT)
-        },
-        move |x| reference(&x[0], &rounded, Layout::NT, &e),
+        vec![Input::Normal([m, k].into()), Input::Weight([n, k].into(), dtype)],
+        move |t| matmul(&t[0], &t[1], Layout::NT),
+        move |x| reference(&x[0], &x[1], Layout::NT, &e),
     )
+    .sampled(move |x, at| {
+        at.iter().map(|&i| element(&x[0], &x[1], Layout::NT, &sampled, i)).collect()
+    })
     .tolerance(Tolerance::SUM)
 }

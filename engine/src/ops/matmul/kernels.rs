@@ -57,6 +57,29 @@ struct Params {
     k_slice: u32,
 }
 
+/// Of the kernels for a few rows.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct FewParams {
+    m: u32,
+    n: u32,
+    k: u32,
+    w_row: u32,
+    y_from: u32,
+    eps: f32,
+}
+
+/// What the kernels for a few rows can do around a product; the product is then NT, of one matrix, and overwrites.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Around<'a> {
+    /// Multiply rms_norm(a) under this weight, [K], and epsilon.
+    pub norm: Option<(&'a Tensor, f32)>,
+    /// B is [2 N, K], the gate's rows and then those of up: y = silu(gate) ⊙ up.
+    pub gated: bool,
+    /// Add [M, N]. The only one of these that every kernel can do.
+    pub residual: Option<&'a Tensor>,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct SlicesParams {
@@ -173,6 +196,11 @@ impl MatmulKernel {
         }
     }
 
+    /// True if it can do all of [`Around`].
+    pub(crate) fn does_around(self) -> bool {
+        matches!(self, MatmulKernel::Few | MatmulKernel::FewSubgroup8 | MatmulKernel::OneSubgroup8)
+    }
+
     /// True if this device and these extents allow it.
     pub(crate) fn able(self, gpu: &Gpu, layout: Layout, e: &Extents) -> bool {
         let contiguous = if layout == Layout::TN { e.m } else { e.k };
@@ -217,6 +245,9 @@ impl MatmulKernel {
     }
 
     /// Records the product; K is at least 1.
+    ///
+    /// # Panics
+    /// If it cannot do what `around` asks for.
     pub(crate) fn run(
         self,
         a: &Tensor,
@@ -224,8 +255,14 @@ impl MatmulKernel {
         layout: Layout,
         e: &Extents,
         target: &Target<'_>,
-        residual: Option<&Tensor>,
+        around: &Around<'_>,
     ) {
+        if self.does_around() {
+            return self.run_few(a, w, e, target, around);
+        }
+        let Around { norm: None, gated: false, residual } = *around else {
+            panic!("{} can add a residual, not {around:?}", self.name())
+        };
         let Extents { z, m, n, k, .. } = *e;
         let y = target.y;
         let y_from = (target.row * n) as u32;
@@ -269,18 +306,12 @@ impl MatmulKernel {
                 let r = residual.unwrap_or(&parts);
                 SLICES.with(&[onto]).run(&params, &[&parts, r], &[y], fold(quads.div_ceil(256)));
             }
-            MatmulKernel::Few => {
-                let rows = m.clamp(1, 16).next_power_of_two() as u32;
-                run(FEW.with(&[("ROWS", rows), onto]), [4, 16]);
-            }
             MatmulKernel::Subgroup8 => {
                 run(SUBGROUP8.with(&[a_transposed, w_transposed, onto]), [64, 32]);
             }
-            MatmulKernel::FewSubgroup8 => {
-                let quads = m.div_ceil(4).clamp(1, 4).next_power_of_two();
-                run(FEW_SUBGROUP8.with(&[("QUADS", quads as u32), onto]), [16, 4 * quads]);
+            MatmulKernel::Few | MatmulKernel::FewSubgroup8 | MatmulKernel::OneSubgroup8 => {
+                unreachable!("run_few has them")
             }
-            MatmulKernel::OneSubgroup8 => run(ONE_SUBGROUP8.with(&[onto]), [32, 1]),
             MatmulKernel::CoopF32 | MatmulKernel::CoopF16 | MatmulKernel::CoopF16Wide => {
                 let (coop, edge, _) = self.cooperative().expect("one of the three");
                 let lanes = a.gpu().adapter().info.subgroup_max_size;
@@ -292,6 +323,48 @@ impl MatmulKernel {
             }
             MatmulKernel::Any => run(ANY.with(&[a_transposed, w_transposed, onto]), [16, 16]),
         }
+    }
+
+    /// As [`MatmulKernel::run`], for the kernels of a few rows.
+    fn run_few(
+        self,
+        a: &Tensor,
+        w: &Tensor,
+        e: &Extents,
+        target: &Target<'_>,
+        around: &Around<'_>,
+    ) {
+        let Extents { m, n, k, .. } = *e;
+        let Around { norm, gated, residual } = *around;
+        let params = FewParams {
+            m: m as u32,
+            n: n as u32,
+            k: k as u32,
+            w_row: target.b_row as u32,
+            y_from: (target.row * n) as u32,
+            eps: norm.map_or(0.0, |(_, eps)| eps),
+        };
+        let onto = if residual.is_some() { 2 } else { u32::from(target.add) };
+        let around =
+            [("ONTO", onto), ("NORMED", u32::from(norm.is_some())), ("GATED", u32::from(gated))];
+        let rows = m.clamp(1, FEW_ROWS).next_power_of_two();
+        // Kernel, its own constant if it has one, columns and rows of a workgroup.
+        let (kernel, own, columns, tile_m) = match self {
+            MatmulKernel::Few => (FEW, Some(("ROWS", rows as u32)), 4, FEW_ROWS),
+            MatmulKernel::FewSubgroup8 => {
+                let quads = rows.div_ceil(4);
+                (FEW_SUBGROUP8, Some(("QUADS", quads as u32)), 16, 4 * quads)
+            }
+            _ => (ONE_SUBGROUP8, None, 32, 1),
+        };
+        let constants = [around[0], around[1], around[2], own.unwrap_or(around[0])];
+        let constants = &constants[..3 + usize::from(own.is_some())];
+        // What is not asked for is never read; any tensor may stand in.
+        let (r, g) = (residual.unwrap_or(a), norm.map_or(a, |(weight, _)| weight));
+        let columns = if gated { columns / 2 } else { columns };
+        let grid = [n.div_ceil(columns) as u32, m.div_ceil(tile_m) as u32, 1];
+        let imports = [("weight", w.dtype().weight_import())];
+        kernel.with(constants).import(&imports).run(&params, &[a, w, r, g], &[target.y], grid);
     }
 }
 
@@ -385,6 +458,6 @@ impl Product {
     /// Records y = a · w with one kernel.
     pub(crate) fn run(&self, kernel: MatmulKernel, a: &Tensor, w: &Tensor, y: &Tensor) {
         let target = Target { y, row: 0, b_row: 0, add: false };
-        kernel.run(a, w, self.layout, &self.extents(), &target, None);
+        kernel.run(a, w, self.layout, &self.extents(), &target, &Around::default());
     }
 }

@@ -1,0 +1,224 @@
+//! One named weight in device memory: as what it rests there, where its values come from, and which ones lie one behind
+//! the other so that a product can use them at once.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use super::weights::quant::repack;
+use super::weights::{StoredType, Weights};
+use crate::gpu::Gpu;
+use crate::philox::Philox;
+use crate::tensor::stored::{decode, encode};
+use crate::tensor::{DType, QUANT_BLOCK, Tensor};
+use crate::{Error, Result};
+
+/// How weight matrices rest in device memory; norms are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// As the file has them: floats unchanged, blocks of Q8_0 as [`DType::Q8`], of Q4_0 and Q4_1 as
+    /// [`DType::Q4`], all exactly.
+    Stored,
+    /// f32, as training needs.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+    /// 8-bit blocks of 32, [`DType::Q8`].
+    Q8,
+    /// 4-bit blocks of 32, [`DType::Q4`].
+    Q4,
+}
+
+/// One named weight. A matrix larger than one storage binding is several tensors of consecutive rows.
+#[derive(Clone)]
+pub struct Parameter {
+    /// Hugging Face name.
+    pub name: String,
+    /// Whole extents.
+    pub shape: Vec<usize>,
+    /// Row shards in order.
+    pub shards: Vec<Tensor>,
+}
+
+/// Where a model's weights come from.
+pub(super) trait Source {
+    /// How a parameter rests in memory.
+    fn dtype(&self, name: &str, shape: &[usize]) -> Result<DType>;
+
+    /// The bytes of some of its rows; they are asked for in order.
+    fn rows(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        dtype: DType,
+    ) -> Result<Vec<u8>>;
+}
+
+/// Weights of a file.
+pub(super) struct Stored<'a> {
+    pub weights: &'a Weights,
+    pub precision: Precision,
+}
+
+/// Random weights.
+pub(super) struct Fresh {
+    seed: u64,
+    /// Deviation of what writes to the residual stream.
+    residual: f32,
+    /// Parameters begun.
+    index: u32,
+    random: Philox,
+}
+
+impl Fresh {
+    pub fn new(seed: u64, residual: f32) -> Fresh {
+        Fresh { seed, residual, index: 0, random: Philox::new(seed, [0, 0, 0]) }
+    }
+}
+
+/// A parameter of row shards that one binding can take.
+pub(super) fn parameter(
+    gpu: &Gpu,
+    source: &mut impl Source,
+    name: &str,
+    shape: &[usize],
+) -> Result<Parameter> {
+    let dtype = source.dtype(name, shape)?;
+    let row_bytes = dtype.row_bytes(shape[1..].iter().product());
+    // Multiples of four rows keep every shard on the fast kernels.
+    let most = ((gpu.max_binding() as usize / row_bytes.max(1)) & !3).max(1);
+    let mut shards = Vec::new();
+    for first in (0..shape[0]).step_by(most) {
+        let range = first..(first + most).min(shape[0]);
+        let extents = [&[range.len()], &shape[1..]].concat();
+        let bytes = source.rows(name, shape, range, dtype)?;
+        shards.push(Tensor::from_bytes(gpu, &bytes, extents, dtype, name));
+    }
+    Ok(Parameter { name: name.to_owned(), shape: shape.to_vec(), shards })
+}
+
+/// Matrices of equal row length, one behind the other in one tensor if their types, the size of a binding and the
+/// device's alignment allow it.
+pub(super) fn joined<const N: usize>(
+    gpu: &Gpu,
+    source: &mut impl Source,
+    names: [String; N],
+    shapes: &HashMap<String, Vec<usize>>,
+) -> Result<([Parameter; N], Option<Tensor>)> {
+    let columns = shapes[&names[0]][1];
+    let dtype = source.dtype(&names[0], &shapes[&names[0]])?;
+    let row_bytes = dtype.row_bytes(columns) as u64;
+    let (mut rows, mut fit) = (0, true);
+    for name in &names {
+        let shape = &shapes[name];
+        fit &= source.dtype(name, shape)? == dtype && shape[1] == columns;
+        fit &= (rows as u64 * row_bytes).is_multiple_of(gpu.part_alignment());
+        rows += shape[0];
+    }
+    fit &= rows as u64 * row_bytes <= gpu.max_binding();
+    let whole = fit.then(|| Tensor::empty(gpu, [rows, columns], dtype, &names.join(" and ")));
+    let (mut parameters, mut first) = (Vec::new(), 0);
+    for name in names {
+        let shape = &shapes[&name];
+        parameters.push(match &whole {
+            None => parameter(gpu, source, &name, shape)?,
+            Some(whole) => {
+                let part = whole.part(first, shape[0]);
+                gpu.write(part.buffer(), 0, &source.rows(&name, shape, 0..shape[0], dtype)?);
+                first += shape[0];
+                Parameter { name, shape: shape.clone(), shards: vec![part] }
+            }
+        });
+    }
+    let parameters = parameters.try_into().unwrap_or_else(|_| unreachable!("one for each name"));
+    Ok((parameters, whole))
+}
+
+impl Source for Stored<'_> {
+    fn dtype(&self, name: &str, shape: &[usize]) -> Result<DType> {
+        let dtype = match (shape.len(), self.precision, self.weights.dtype(name)) {
+            (2, Precision::Bf16, _) | (2, Precision::Stored, StoredType::BF16) => DType::Bf16,
+            (2, Precision::F16, _) | (2, Precision::Stored, StoredType::F16) => DType::F16,
+            (2, Precision::Q8, _) | (2, Precision::Stored, StoredType::Q8_0) => DType::Q8,
+            (2, Precision::Q4, _) | (2, Precision::Stored, StoredType::Q4_0 | StoredType::Q4_1) => {
+                DType::Q4
+            }
+            _ => DType::F32,
+        };
+        let columns: usize = shape[1..].iter().product();
+        if matches!(dtype, DType::Q8 | DType::Q4) && !columns.is_multiple_of(QUANT_BLOCK) {
+            return Err(Error::model(
+                self.weights.path(),
+                format!(
+                    "{name} has rows of {columns}, which are no whole blocks of {QUANT_BLOCK}; load it in a \
+                     precision without blocks (bf16, say)"
+                ),
+            ));
+        }
+        Ok(dtype)
+    }
+
+    fn rows(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        dtype: DType,
+    ) -> Result<Vec<u8>> {
+        let (stored, columns) = (self.weights.dtype(name), shape[1..].iter().product());
+        if saved_type(stored) == dtype
+            && let Some(bytes) = self.weights.rows_bytes(name, rows.clone())?
+        {
+            return Ok(bytes.into_owned());
+        }
+        if let (StoredType::Q8_0, DType::Q8) | (StoredType::Q4_0 | StoredType::Q4_1, DType::Q4) =
+            (stored, dtype)
+        {
+            return Ok(repack(stored, &self.weights.rows_stored(name, rows)?, columns));
+        }
+        Ok(encode(&self.weights.rows_f32(name, rows)?, columns, dtype))
+    }
+}
+
+impl Source for Fresh {
+    fn dtype(&self, _: &str, _: &[usize]) -> Result<DType> {
+        Ok(DType::F32)
+    }
+
+    fn rows(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        _: DType,
+    ) -> Result<Vec<u8>> {
+        if rows.start == 0 {
+            self.index += 1;
+            self.random = Philox::new(self.seed, [self.index, 0, 0]);
+        }
+        let std = match name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
+            true => self.residual,
+            false => 0.02,
+        };
+        let norm = shape.len() == 1;
+        let n = rows.len() * shape[1..].iter().product::<usize>();
+        let values = (0..n).map(|_| if norm { 1.0 } else { std * self.random.normal() });
+        Ok(bytemuck::cast_slice(&values.collect::<Vec<f32>>()).to_vec())
+    }
+}
+
+/// The type that weights are saved as.
+pub(super) fn saved_type(dtype: StoredType) -> DType {
+    match dtype {
+        StoredType::BF16 => DType::Bf16,
+        StoredType::F16 => DType::F16,
+        _ => DType::F32,
+    }
+}
+
+/// A shard's values as f32 on the host.
+pub(super) fn widen(shard: &Tensor) -> Result<Vec<f32>> {
+    Ok(decode(&shard.to_bytes()?, shard.shape().last(), shard.dtype()))
+}
