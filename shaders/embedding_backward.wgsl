@@ -1,7 +1,7 @@
-// embedding_backward: dtable[r, c] = sum of dy[t, c] over the t with tokens[t] = first + r, t ascending
+// embedding_backward: dtable[r, c] += sum of dy[t, c] over the t with tokens[t] = first + r, t ascending
 // tokens    [n]    order [2, n]: the tokens' numbers sorted by id, stably
 // dy        [n, D], D = pieces, or four times as many
-// dtable    [rows, D], zero already; one row shard
+// dtable    [rows, D], added to; one row shard
 // partial   [2 C, D]: sums of ids that go over the border of chunks of 64, left for the next kernel: of chunk c
 //           [2 c] the id that began before it, [2 c + 1] the one that begins in it and goes on behind
 // dispatch  one workgroup a chunk and 256 pieces, chunks folded over x and y: (C, 1, pieces / 256)
@@ -35,7 +35,7 @@ fn store(is_partial: bool, row: u32, d: u32, sum: vec4<f32>) {
     if is_partial {
         if WIDE == 1u { partial[to] = sum; } else { partial[to / 4u][to % 4u] = sum.x; }
     } else {
-        if WIDE == 1u { dtable[to] = sum; } else { dtable[to / 4u][to % 4u] = sum.x; }
+        if WIDE == 1u { dtable[to] += sum; } else { dtable[to / 4u][to % 4u] += sum.x; }
     }
 }
 

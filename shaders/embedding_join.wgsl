@@ -1,4 +1,4 @@
-// embedding_join: dtable rows of the ids that go over a border of chunks: the sums of their chunks, in order
+// embedding_join: dtable rows of the ids that go over a border of chunks, plus the sums of their chunks, in order
 // tokens    [n]    order [2, n]: the tokens' numbers sorted by id, stably
 // partial   [2 C, D] as embedding_backward leaves it, D = pieces, or four times as many
 // dtable    [rows, D]; one row shard
@@ -40,5 +40,5 @@ fn main(
         sum += part(2u * c, d);
     }
     let to = row * p.pieces + d;
-    if WIDE == 1u { dtable[to] = sum; } else { dtable[to / 4u][to % 4u] = sum.x; }
+    if WIDE == 1u { dtable[to] += sum; } else { dtable[to / 4u][to % 4u] += sum.x; }
 }

@@ -6,6 +6,7 @@
 // dispatch  (N / 64, M / 64, Z or slices); the contiguous extents of a and w, K and N are multiples of 4
 // shared    two 32 x 64 tiles, k outermost, 16 KiB
 #import weight
+#import swizzle
 #import matmul
 #import stage
 const QUADS: u32 = 16u;

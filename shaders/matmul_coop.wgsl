@@ -7,6 +7,7 @@
 // shared    two 4 EDGE x 2 EDGE tiles of operands, four EDGE x EDGE of sums: at most 12 KiB
 // The operands become Part (f16 or f32, by the import `coop`) on the way; sums are f32.
 #import weight
+#import swizzle
 #import matmul
 #import coop
 override LANES: u32 = 32u;   // invocations of a subgroup

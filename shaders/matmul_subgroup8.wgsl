@@ -7,6 +7,7 @@
 // On a CPU loads, and stores of sums that do not fit its registers, decide. Each lane loads another four
 // elements of a and hands them round; a sum is read and written once for four k.
 #import weight
+#import swizzle
 override A_TRANSPOSED: u32 = 0u;
 override W_TRANSPOSED: u32 = 0u;
 override ONTO: u32 = 0u;
@@ -39,7 +40,6 @@ fn eight(i: u32, x: vec4<f32>, l: mat4x4<f32>, h: mat4x4<f32>) {
     row(i + 6u, subgroupBroadcast(x, 6u), l, h);
     row(i + 7u, subgroupBroadcast(x, 7u), l, h);
 }
-
 
 fn load_a(z: u32, rows: vec4<u32>, k: u32) -> mat4x4<f32> {
     let at = z * p.a_z / 4u;
@@ -100,7 +100,15 @@ fn store(group: vec3<u32>, column: u32, i: u32, l: vec4<f32>, h: vec4<f32>) {
 }
 
 @compute @workgroup_size(8)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id) lane: u32) {
+fn main(
+    @builtin(workgroup_id) place: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    // Down the rows first, so that w is read from afar once. A transposed a is a derivative's: its sums are short, and
+    // rows of y written one after the other count for more.
+    let tile = select(swizzle(place.xy, grid.xy), place.xy, A_TRANSPOSED == 1u);
+    let group = vec3<u32>(tile, place.z);
     // Lanes past the edge repeat the last row or column: every lane must take part in the broadcasts.
     let column = group.x * 64u + lane * 4u;
     let columns = min(vec2<u32>(column, column + 32u), vec2<u32>(p.n - 4u));

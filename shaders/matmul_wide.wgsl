@@ -7,6 +7,7 @@
 // shared    two 16 x 128 tiles, k outermost, 16 KiB
 // For large products on GPUs with registers to spare: twice the arithmetic for each value read as `matmul`.
 #import weight
+#import swizzle
 #import matmul
 #import stage
 const QUADS: u32 = 32u;

@@ -3,7 +3,8 @@
 //!
 //! Rules, stated once: the cotangents of a tensor used twice are added; gradients of leaves are added up in
 //! [`Gradients`] across calls of [`backward`]; a closure runs once and drops what it kept. Nothing is
-//! recorded where no input is tracked.
+//! recorded where no input is tracked. An op that can add to a gradient while it computes may do so
+//! ([`Tensor::record_onto`]), which saves a pass over a weight's memory.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -27,7 +28,27 @@ pub(crate) enum Origin {
     Node(Rc<Node>),
 }
 
-type Backward = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Vec<Option<Tensor>>>;
+type Rule = Box<dyn FnOnce(&Tensor, &mut Gradients, Totals<'_>) -> Vec<Option<Gradient>>>;
+
+/// What a derivative says of one input.
+pub enum Gradient {
+    /// A tensor that others may hold as well.
+    Shared(Tensor),
+    /// A tensor made for this; what comes later may be added to it in place.
+    Own(Tensor),
+    /// Nothing more: it was added to the input's total.
+    Added,
+}
+
+/// For each input of an op, the gradient collected so far if more can be added to it in place.
+pub type Totals<'a> = &'a [Option<Tensor>];
+
+/// A gradient as far as it is collected.
+struct Total {
+    tensor: Tensor,
+    /// No one else holds the tensor, so it can be added to in place.
+    own: bool,
+}
 
 /// One recorded op: its inputs' origins and its derivative.
 pub(crate) struct Node {
@@ -35,7 +56,7 @@ pub(crate) struct Node {
     order: u64,
     op: &'static str,
     inputs: Vec<Origin>,
-    backward: RefCell<Option<Backward>>,
+    backward: RefCell<Option<Rule>>,
 }
 
 thread_local! {
@@ -46,7 +67,7 @@ thread_local! {
 /// Gradients of leaves, added up over every [`backward`] they were given to.
 #[derive(Default)]
 pub struct Gradients {
-    leaves: HashMap<u64, Tensor>,
+    leaves: HashMap<u64, Total>,
 }
 
 impl Gradients {
@@ -55,17 +76,24 @@ impl Gradients {
         Self::default()
     }
 
-    /// The gradient of a trainable leaf; `None` if nothing flowed into it.
+    /// The gradient of a trainable leaf; `None` if nothing flowed into it. A later [`backward`] may add to it in place.
     pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
-        self.leaves.get(&leaf.leaf_id()?)
+        self.leaves.get(&leaf.leaf_id()?).map(|total| &total.tensor)
     }
+}
 
-    fn add(&mut self, leaf: u64, gradient: Tensor) {
-        let total = match self.leaves.remove(&leaf) {
-            Some(before) => sum(&before, &gradient),
-            None => gradient.detach(),
-        };
-        self.leaves.insert(leaf, total);
+impl Total {
+    /// `before` and what a derivative gave.
+    fn add(before: Option<Total>, gradient: Gradient) -> Total {
+        match (before, gradient) {
+            (Some(before), Gradient::Shared(new) | Gradient::Own(new)) => {
+                Total { tensor: sum(&before.tensor, &new), own: true }
+            }
+            (None, Gradient::Shared(new)) => Total { tensor: new.detach(), own: false },
+            (None, Gradient::Own(new)) => Total { tensor: new.detach(), own: true },
+            (Some(before), Gradient::Added) => before,
+            (None, Gradient::Added) => unreachable!("only a total is added to"),
+        }
     }
 }
 
@@ -78,10 +106,23 @@ impl Tensor {
         inputs: &[&Tensor],
         backward: impl FnOnce(&Tensor) -> Vec<Option<Tensor>> + 'static,
     ) -> Tensor {
+        self.record_onto(op, inputs, move |dy, _| {
+            backward(dy).into_iter().map(|gradient| gradient.map(Gradient::Shared)).collect()
+        })
+    }
+
+    /// As [`Tensor::record`], for a derivative that can add to what is collected already, or makes tensors of its own
+    /// to which later ones can be added.
+    pub fn record_onto(
+        &self,
+        op: &'static str,
+        inputs: &[&Tensor],
+        backward: impl FnOnce(&Tensor, Totals<'_>) -> Vec<Option<Gradient>> + 'static,
+    ) -> Tensor {
         if !RECORDING.get() || !inputs.iter().any(|t| t.is_tracked()) {
             return self.clone();
         }
-        self.attach(op, inputs, Box::new(move |dy, _| backward(dy)))
+        self.attach(op, inputs, Box::new(move |dy, _, totals| backward(dy, totals)))
     }
 
     /// Says that this output of `op` has no derivative: `backward` through it panics instead of silently
@@ -90,7 +131,7 @@ impl Tensor {
         self.record(op, inputs, move |_| panic!("{op} has no derivative"))
     }
 
-    fn attach(&self, op: &'static str, inputs: &[&Tensor], backward: Backward) -> Tensor {
+    fn attach(&self, op: &'static str, inputs: &[&Tensor], backward: Rule) -> Tensor {
         let order = NEXT_ORDER.replace(NEXT_ORDER.get() + 1);
         let inputs = inputs.iter().map(|t| t.origin()).collect();
         self.with_node(Rc::new(Node { order, op, inputs, backward: RefCell::new(Some(backward)) }))
@@ -106,12 +147,21 @@ pub fn backward(output: &Tensor, cotangent: &Tensor, gradients: &mut Gradients) 
     assert_eq!(output.shape(), cotangent.shape(), "backward: output and cotangent");
     assert!(output.is_tracked(), "backward: no gradient flows into {output:?}");
     // Youngest first: every use of a tensor is younger than the tensor, so its cotangent is complete.
-    let mut pending: BTreeMap<u64, (Rc<Node>, Tensor)> = BTreeMap::new();
-    send(output.origin(), cotangent.detach(), &mut pending, gradients);
+    let mut pending: Pending = BTreeMap::new();
+    send(output.origin(), Gradient::Shared(cotangent.detach()), &mut pending, gradients);
     while let Some((_, (node, dy))) = pending.pop_last() {
         let rule = node.backward.borrow_mut().take();
         let rule = rule.unwrap_or_else(|| panic!("{}: backward walked this graph before", node.op));
-        let grads = without_recording(|| rule(&dy, gradients));
+        let total = |input: &Origin| {
+            let total = match input {
+                Origin::Constant => None,
+                Origin::Leaf(id) => gradients.leaves.get(id),
+                Origin::Node(node) => pending.get(&node.order).map(|(_, total)| total),
+            };
+            total.filter(|total| total.own).map(|total| total.tensor.clone())
+        };
+        let totals: Vec<_> = node.inputs.iter().map(total).collect();
+        let grads = without_recording(|| rule(&dy.tensor, gradients, &totals));
         assert_eq!(grads.len(), node.inputs.len(), "{}: one gradient per input", node.op);
         for (input, grad) in node.inputs.iter().zip(grads) {
             match (input, grad) {
@@ -123,21 +173,19 @@ pub fn backward(output: &Tensor, cotangent: &Tensor, gradients: &mut Gradients) 
     }
 }
 
-fn send(
-    to: Origin,
-    grad: Tensor,
-    pending: &mut BTreeMap<u64, (Rc<Node>, Tensor)>,
-    gradients: &mut Gradients,
-) {
+/// Nodes that a cotangent has reached, by age.
+type Pending = BTreeMap<u64, (Rc<Node>, Total)>;
+
+fn send(to: Origin, grad: Gradient, pending: &mut Pending, gradients: &mut Gradients) {
     match to {
         Origin::Constant => {}
-        Origin::Leaf(id) => gradients.add(id, grad),
+        Origin::Leaf(id) => {
+            let before = gradients.leaves.remove(&id);
+            gradients.leaves.insert(id, Total::add(before, grad));
+        }
         Origin::Node(node) => {
-            let total = match pending.remove(&node.order) {
-                Some((_, before)) => sum(&before, &grad),
-                None => grad,
-            };
-            pending.insert(node.order, (node, total));
+            let before = pending.remove(&node.order).map(|(_, before)| before);
+            pending.insert(node.order, (node, Total::add(before, grad)));
         }
     }
 }
@@ -163,7 +211,7 @@ pub fn checkpoint(x: &Tensor, f: impl Fn(&Tensor) -> Tensor + 'static) -> Tensor
     let y = without_recording(|| f(x));
     let kept = x.detach();
     // Tracked whatever `x` is: the leaves inside `f` are not known here.
-    let rule: Backward = Box::new(move |dy, gradients| {
+    let rule: Rule = Box::new(move |dy, gradients, _| {
         let again = kept.trainable();
         let was = RECORDING.replace(true);
         let y = f(&again);
@@ -172,9 +220,8 @@ pub fn checkpoint(x: &Tensor, f: impl Fn(&Tensor) -> Tensor + 'static) -> Tensor
         }
         RECORDING.set(was);
         let dx = again.leaf_id().and_then(|id| gradients.leaves.remove(&id));
-        vec![Some(dx.unwrap_or_else(|| {
-            Tensor::zeros(kept.gpu(), kept.shape(), kept.dtype(), "checkpoint")
-        }))]
+        let none = || Tensor::zeros(kept.gpu(), kept.shape(), kept.dtype(), "checkpoint");
+        vec![Some(Gradient::Shared(dx.map_or_else(none, |total| total.tensor)))]
     });
     y.attach("checkpoint", &[x], rule)
 }

@@ -5,15 +5,6 @@ override W_TRANSPOSED: u32 = 0u;   // w is [Z, N, K]
 override ONTO: u32 = 0u;           // 1 adds to what y holds, 2 to r
 override SLICED: u32 = 0u;         // z counts slices of k_slice along K instead of matrices; y is [slices, M, N]
 
-// Which tile a workgroup makes: bands of eight tile rows, column by column, so that neighbours share what they read.
-fn swizzle(group: vec2<u32>, grid: vec2<u32>) -> vec2<u32> {
-    let linear = group.y * grid.x + group.x;
-    let band = linear / (8u * grid.x);
-    let rows = min(8u, grid.y - 8u * band);
-    let inside = linear - band * 8u * grid.x;
-    return vec2<u32>(inside / rows, 8u * band + inside % rows);
-}
-
 // First and last k of this workgroup.
 fn k_range(z: u32) -> vec2<u32> {
     if SLICED == 1u {

@@ -3,7 +3,7 @@
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
 use demask_engine::ops::case::{Case, Input, Tolerance};
-use demask_engine::ops::{add, cases, mul, scale};
+use demask_engine::ops::{add, cases, linear, mul, scale};
 use demask_engine::philox::Philox;
 use demask_engine::tensor::Tensor;
 use demask_engine::tensor::host::Array;
@@ -189,6 +189,36 @@ fn an_input_used_twice_gets_both_gradients() {
         }
         Ok(())
     });
+}
+
+/// What a caller or another branch holds stays as it is, and a weight's gradient takes no pass of its own to add up.
+#[test]
+fn gradients_are_added_in_place_only_where_no_one_else_holds_them() {
+    let Some(gpu) = checked_gpu() else { return };
+    let tensor = |seed: u64, shape: [usize; 2]| {
+        let values = Input::Normal(shape.into()).values(seed);
+        Tensor::from_f32(&gpu, &values.data.iter().map(|&v| v as f32).collect::<Vec<_>>(), shape)
+    };
+    let (x, w) = (tensor(1, [4, 8]).trainable(), tensor(2, [8, 8]).trainable());
+    let cotangent = tensor(3, [4, 8]);
+    let before = cotangent.to_vec().expect("a cotangent");
+    let mut gradients = Gradients::new();
+    let mut dispatches = Vec::new();
+    let mut dw = Vec::new();
+    for _ in 0..2 {
+        // `add` hands the same cotangent to x and to the layer, whose derivative then has more for x.
+        let y = add(&x, &linear(&x, std::slice::from_ref(&w)));
+        gpu.reset_stats();
+        backward(&y, &cotangent, &mut gradients);
+        dispatches.push(gpu.stats().dispatches);
+        dw.push(gradients.get(&w).expect("a gradient").to_vec().expect("its values"));
+    }
+    assert_eq!(cotangent.to_vec().expect("a cotangent"), before, "a cotangent was added to");
+    let doubled: Vec<f32> = dw[0].iter().map(|g| 2.0 * g).collect();
+    assert_eq!(dw[1], doubled, "the same again is twice as much");
+    // First: two products, and a sum for x, whose first part others hold. Then both products add to what is there, and
+    // the first part is added in a pass.
+    assert_eq!(dispatches, [3, 3], "dispatches of the two backward passes");
 }
 
 /// Names are what CASE= selects by and what a failure points at.

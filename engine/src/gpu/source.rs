@@ -18,6 +18,7 @@ const SHARED: &[(&str, &str)] = &[
     ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
     ("rotation", include_str!("../../../shaders/shared/rotation.wgsl")),
     ("stage", include_str!("../../../shaders/shared/stage.wgsl")),
+    ("swizzle", include_str!("../../../shaders/shared/swizzle.wgsl")),
     ("tile", include_str!("../../../shaders/shared/tile.wgsl")),
     ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
     ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),

@@ -5,6 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::autograd::Gradient;
 use crate::gpu::{Kernel, fold, kernel};
 use crate::ops::reduce::pieces;
 use crate::tensor::{DType, Shape, Tensor};
@@ -60,7 +61,7 @@ pub fn embedding(tokens: &Tensor, table: &[Tensor]) -> Tensor {
     }
     let tokens = tokens.detach();
     let inputs: Vec<&Tensor> = table.iter().collect();
-    y.record("embedding", &inputs, move |dy| {
+    y.record_onto("embedding", &inputs, move |dy, totals| {
         let tracked = shards.iter().any(|(.., tracked)| *tracked) && n > 0;
         let order = Tensor::empty(dy.gpu(), [2, n], DType::U32, "embedding");
         let chunks = n.div_ceil(CHUNK);
@@ -70,19 +71,22 @@ pub fn embedding(tokens: &Tensor, table: &[Tensor]) -> Tensor {
             let passes = (u32::BITS - first.leading_zeros()).div_ceil(4);
             SORT.run(&[n as u32, passes, first], &[&tokens], &[&order], [1, 1, 1]);
         }
-        let gradient = |(params, shape, tracked): &(Params, Shape, bool)| {
-            tracked.then(|| {
-                let dtable = Tensor::zeros(dy.gpu(), shape, DType::F32, "embedding");
-                let [x, y, _] = fold(chunks);
-                let grid = [x, y, pieces.div_ceil(256) as u32];
-                let reads = [&tokens, &order, dy];
-                BACKWARD.with(&[wide]).run(params, &reads, &[&dtable, &partial], grid);
-                let grid = [x, y, pieces.div_ceil(64) as u32];
-                JOIN.with(&[wide]).run(params, &[&tokens, &order, &partial], &[&dtable], grid);
-                dtable
-            })
-        };
-        shards.iter().map(gradient).collect()
+        let gradient =
+            |((params, shape, tracked), total): (&(Params, Shape, bool), &Option<Tensor>)| {
+                tracked.then(|| {
+                    // Most rows get nothing: a tied head's gradient is there already and is added to.
+                    let fresh = || Tensor::zeros(dy.gpu(), shape, DType::F32, "embedding");
+                    let dtable = total.clone().unwrap_or_else(fresh);
+                    let [x, y, _] = fold(chunks);
+                    let grid = [x, y, pieces.div_ceil(256) as u32];
+                    let reads = [&tokens, &order, dy];
+                    BACKWARD.with(&[wide]).run(params, &reads, &[&dtable, &partial], grid);
+                    let grid = [x, y, pieces.div_ceil(64) as u32];
+                    JOIN.with(&[wide]).run(params, &[&tokens, &order, &partial], &[&dtable], grid);
+                    if total.is_some() { Gradient::Added } else { Gradient::Own(dtable) }
+                })
+            };
+        shards.iter().zip(totals).map(gradient).collect()
     })
 }
 

@@ -5,7 +5,8 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::elementwise::add;
-use super::matmul::{Layout, Target, matmul, matmul_chunk, matmul_onto};
+use super::matmul::{Layout, Target, gradient, matmul, matmul_chunk, matmul_onto};
+use crate::autograd::Gradient;
 use crate::gpu::{Kernel, fold, kernel};
 use crate::tensor::{DType, Tensor};
 
@@ -29,9 +30,10 @@ pub fn linear(x: &Tensor, weight: &[Tensor]) -> Tensor {
     let [rows, d] = x.shape().matrix();
     let fits = weight.iter().all(|w| w.shape().len() == 2 && w.shape().last() == d);
     assert!(fits && !weight.is_empty(), "linear: x {}, weight {weight:?}", x.shape());
-    if let [whole] = weight {
-        let y = matmul(&x.reshape([rows, d]), whole, Layout::NT);
-        return y.reshape(x.shape().with_last(whole.shape()[0]));
+    if let [whole] = weight
+        && x.shape().len() > 1
+    {
+        return matmul(x, whole, Layout::NT);
     }
     let outputs: usize = weight.iter().map(|w| w.shape()[0]).sum();
     let y = Tensor::empty(x.gpu(), x.shape().with_last(outputs), DType::F32, "linear");
@@ -47,7 +49,7 @@ pub fn linear(x: &Tensor, weight: &[Tensor]) -> Tensor {
     let shards: Vec<Tensor> = weight.iter().map(Tensor::detach).collect();
     let tracked: Vec<bool> = weight.iter().map(Tensor::is_tracked).collect();
     let inputs: Vec<&Tensor> = [x].into_iter().chain(weight).collect();
-    y.record("linear", &inputs, move |dy| {
+    y.record_onto("linear", &inputs, move |dy, totals| {
         let dx = kept.empty_like("linear");
         let mut gradients = Vec::new();
         let mut start = 0;
@@ -58,10 +60,11 @@ pub fn linear(x: &Tensor, weight: &[Tensor]) -> Tensor {
             let into = Target { y: &dx, row: 0, b_row: 0, add: i > 0 };
             matmul_chunk(&part, w, columns, Layout::NN, &into);
             let x = kept.reshape([rows, d]);
-            gradients.push(tracked.then(|| matmul(&part, &x, Layout::TN)));
+            let total = &totals[1 + i];
+            gradients.push(tracked.then(|| gradient(&part, &x, Layout::TN, total)));
             start += columns;
         }
-        [Some(dx)].into_iter().chain(gradients).collect()
+        [Some(Gradient::Own(dx))].into_iter().chain(gradients).collect()
     })
 }
 
@@ -72,8 +75,10 @@ pub fn linear(x: &Tensor, weight: &[Tensor]) -> Tensor {
 #[track_caller]
 pub fn linear_onto(residual: &Tensor, x: &Tensor, weight: &[Tensor]) -> Tensor {
     let [whole] = weight else { return add(residual, &linear(x, weight)) };
-    let (x, r) = (x.reshape(x.shape().matrix()), residual.reshape(residual.shape().matrix()));
-    matmul_onto(&x, whole, Layout::NT, Some(&r)).reshape(residual.shape())
+    if x.shape().len() < 2 {
+        return add(residual, &linear(x, weight));
+    }
+    matmul_onto(x, whole, Layout::NT, Some(residual))
 }
 
 fn copy_columns(from: &Tensor, to: &Tensor, narrow: usize, start: usize, out: bool) {

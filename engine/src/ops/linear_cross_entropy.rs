@@ -7,6 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::matmul::{Layout, Target, matmul_chunk};
+use crate::autograd::{Gradient, Totals};
 use crate::gpu::{Kernel, fold, kernel};
 use crate::ops::reduce::{pieces, row_lanes};
 use crate::tensor::{DType, Tensor};
@@ -95,15 +96,15 @@ fn linear_cross_entropy_in_chunks(
     let shape = x.shape().clone();
     let tracked: Vec<bool> = weight.iter().map(Tensor::is_tracked).collect();
     let inputs: Vec<&Tensor> = [x].into_iter().chain(weight).collect();
-    let loss = loss.record(op, &inputs, move |dy| {
-        let (dx, dw) = head.backward(dy, kept, &tracked);
+    let loss = loss.record_onto(op, &inputs, move |dy, totals| {
+        let (dx, dw) = head.backward(dy, kept, &tracked, &totals[1..]);
         let whole = Tensor::zeros(dx.gpu(), shape, DType::F32, op);
         let [r, d] = dx.shape().matrix();
         let (pieces, wide) = pieces(d);
         let params = RowParams { rows: r as u32, pieces: pieces as u32 };
         let reads = [&dx, &head.supervision.rows];
         SCATTER.with(&[wide]).run(&params, &reads, &[&whole], fold(r));
-        [Some(whole)].into_iter().chain(dw).collect()
+        [Some(Gradient::Own(whole))].into_iter().chain(dw).collect()
     });
     CrossEntropy { loss, per_row }
 }
@@ -166,16 +167,15 @@ impl Head {
         dy: &Tensor,
         mut kept: Option<Tensor>,
         tracked: &[bool],
-    ) -> (Tensor, Vec<Option<Tensor>>) {
+        totals: Totals<'_>,
+    ) -> (Tensor, Vec<Option<Gradient>>) {
         let Supervision { targets, weights, divisor, .. } = &self.supervision;
         let dx = self.gathered.empty_like("linear_cross_entropy");
-        let dw: Vec<Option<Tensor>> = self
-            .shards
-            .iter()
-            .zip(tracked)
-            .map(|(w, &t)| {
-                t.then(|| Tensor::empty(w.gpu(), w.shape(), DType::F32, "linear_cross_entropy"))
-            })
+        let fresh =
+            |w: &Tensor| Tensor::empty(w.gpu(), w.shape(), DType::F32, "linear_cross_entropy");
+        let shards = self.shards.iter().zip(totals).zip(tracked);
+        let dw: Vec<Option<Tensor>> = shards
+            .map(|((w, total), t)| t.then(|| total.clone().unwrap_or_else(|| fresh(w))))
             .collect();
         for chunk in self.chunks() {
             let g = kept.take().unwrap_or_else(|| self.logits(&chunk));
@@ -198,11 +198,16 @@ impl Head {
             let into = Target { y: &dx, row: 0, b_row: chunk.row, add: chunk.first > 0 };
             matmul_chunk(&g, w, chunk.len, Layout::NN, &into);
             if let Some(dw) = &dw[chunk.shard] {
-                let into = Target { y: dw, row: chunk.row, b_row: 0, add: false };
+                let add = totals[chunk.shard].is_some();
+                let into = Target { y: dw, row: chunk.row, b_row: 0, add };
                 matmul_chunk(&g, &self.gathered, self.gathered.shape()[0], Layout::TN, &into);
             }
         }
-        (dx, dw)
+        let gradient = |(dw, total): (Tensor, &Option<Tensor>)| match total {
+            Some(_) => Gradient::Added,
+            None => Gradient::Own(dw),
+        };
+        (dx, dw.into_iter().zip(totals).map(|(dw, t)| Some(gradient((dw?, t)))).collect())
     }
 }
 

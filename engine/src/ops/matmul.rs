@@ -7,6 +7,7 @@
 
 mod kernels;
 
+use crate::autograd::Gradient;
 use crate::tensor::{DType, Shape, Tensor};
 
 pub(crate) use kernels::Around;
@@ -70,25 +71,33 @@ pub(crate) fn matmul_onto(
     let (need_a, need_b) = (a.is_tracked(), b.is_tracked());
     let need_r = residual.map(Tensor::is_tracked);
     let inputs: Vec<&Tensor> = [a, b].into_iter().chain(residual).collect();
-    y.record("matmul", &inputs, move |dy| {
+    y.record_onto("matmul", &inputs, move |dy, totals| {
         let da = need_a.then(|| match layout {
-            Layout::NN => matmul(dy, &kb, Layout::NT),
-            Layout::NT => matmul(dy, &kb, Layout::NN),
-            Layout::TN => matmul(&kb, dy, Layout::NT),
+            Layout::NN => gradient(dy, &kb, Layout::NT, &totals[0]),
+            Layout::NT => gradient(dy, &kb, Layout::NN, &totals[0]),
+            Layout::TN => gradient(&kb, dy, Layout::NT, &totals[0]),
         });
         let db = need_b.then(|| {
             // A shared B sums over all rows of A: leading axes fold into the contraction.
             let (a, dy) =
                 if kb.shape().len() == 2 { (flat(&ka), flat(dy)) } else { (ka, dy.clone()) };
             match layout {
-                Layout::NN => matmul(&a, &dy, Layout::TN),
-                Layout::NT => matmul(&dy, &a, Layout::TN),
-                Layout::TN => matmul(&a, &dy, Layout::NN),
+                Layout::NN => gradient(&a, &dy, Layout::TN, &totals[1]),
+                Layout::NT => gradient(&dy, &a, Layout::TN, &totals[1]),
+                Layout::TN => gradient(&a, &dy, Layout::NN, &totals[1]),
             }
         });
-        let dr = need_r.map(|need| need.then(|| dy.clone()));
+        let dr = need_r.map(|need| need.then(|| Gradient::Shared(dy.clone())));
         [da, db].into_iter().chain(dr).collect()
     })
+}
+
+/// A · B as a gradient: added to the total where there is one.
+pub(crate) fn gradient(a: &Tensor, b: &Tensor, layout: Layout, total: &Option<Tensor>) -> Gradient {
+    let Some(total) = total else { return Gradient::Own(matmul(a, b, layout)) };
+    let target = Target { y: total, row: 0, b_row: 0, add: true };
+    product(a, b, layout, &Extents::of(a, b, layout), &target, None);
+    Gradient::Added
 }
 
 /// Where a product goes when it is part of a larger tensor: the fused ops that work through a weight chunk by
