@@ -72,25 +72,31 @@ pub fn markdown(record: &Record) -> String {
         record.limits.gflops,
         record.limits.gbytes
     );
-    text += "| case | time | device | wall | GFLOP/s | GB/s | of the limit |\n|---|--:|--:|--:|--:|--:|--:|\n";
+    text += "| case | time | device | wall | GFLOP/s | GB/s | of the limit | memory |\n|---|--:|--:|--:|--:|--:|--:|--:|\n";
     for case in &record.cases {
         let name = cell(&case.name);
         if let Some(why) = &case.wrong {
-            text += &format!("| {name} | wrong: {} | | | | | |\n", cell(why));
+            text += &format!("| {name} | wrong: {} | | | | | | |\n", cell(why));
             continue;
         }
         let known = |t: Option<f64>| t.map_or(String::new(), time);
         text += &format!(
-            "| {name} | {} | {} | {} | {:.1} | {:.1} | {:.0} % |\n",
+            "| {name} | {} | {} | {} | {:.1} | {:.1} | {:.0} % | {} |\n",
             time(case.seconds),
             known(case.device),
             known(case.wall),
             case.gflops(),
             case.gbytes(),
-            100.0 * case.of_limit(&record.limits)
+            100.0 * case.of_limit(&record.limits),
+            memory(case.peak_bytes)
         );
     }
     text
+}
+
+/// `17.3 MB`, or nothing where it is not known.
+pub fn memory(bytes: Option<u64>) -> String {
+    bytes.map_or(String::new(), |b| format!("{:.1} MB", b as f64 / 1e6))
 }
 
 /// `+10.2 %` and its interval.

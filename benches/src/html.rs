@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use crate::export::time;
+use crate::export::{memory, time};
 use crate::record::{CaseRecord, Record};
 
 const STYLE: &str = "\
@@ -91,7 +91,7 @@ fn section(title: &str, records: &[&Record]) -> Result<String> {
 fn table(record: &Record) -> String {
     let mut text = String::from(
         "<table><tr><th>#</th><th class=\"name\">case</th><th>time</th><th>device</th><th>wall</th><th>GFLOP/s</th>\
-         <th>GB/s</th><th>of limit</th><th class=\"text\">kernels (hash of their WGSL)</th></tr>\n",
+         <th>GB/s</th><th>of limit</th><th>memory</th><th class=\"text\">kernels (hash of their WGSL)</th></tr>\n",
     );
     let mut number = 0;
     for case in &record.cases {
@@ -99,7 +99,7 @@ fn table(record: &Record) -> String {
         if let Some(why) = &case.wrong {
             let why = escape(why);
             text += &format!(
-                "<tr><td></td><td class=\"name\">{name}</td><td class=\"wrong\" colspan=\"7\">wrong: {why}</td></tr>\n"
+                "<tr><td></td><td class=\"name\">{name}</td><td class=\"wrong\" colspan=\"8\">wrong: {why}</td></tr>\n"
             );
             continue;
         }
@@ -112,13 +112,14 @@ fn table(record: &Record) -> String {
             .collect();
         text += &format!(
             "<tr><td>{number}</td><td class=\"name\">{name}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.2}</td>\
-             <td>{:.2}</td><td>{:.0} %</td><td class=\"text\">{}</td></tr>\n",
+             <td>{:.2}</td><td>{:.0} %</td><td>{}</td><td class=\"text\">{}</td></tr>\n",
             time(case.seconds),
             known(case.device),
             known(case.wall),
             case.gflops(),
             case.gbytes(),
             100.0 * case.of_limit(&record.limits),
+            memory(case.peak_bytes),
             escape(&shorten(&kernels))
         );
     }

@@ -72,6 +72,8 @@ pub struct Prepared {
     pub checked: Checked,
     /// Kernels of one call.
     pub kernels: Vec<VariantUse>,
+    /// Device memory of one call at its peak, its inputs left out and its outputs not.
+    pub peak_bytes: u64,
     /// Bits of the result that was checked; later results must be the same.
     result: Vec<Vec<u8>>,
 }
@@ -120,8 +122,11 @@ impl Session {
     /// Checks a work, warms it up, and finds how many calls make a sample. An `Err` of the inner kind is a wrong
     /// result.
     pub fn prepare(&self, work: Work) -> Result<std::result::Result<Prepared, (String, String)>> {
+        let live = self.gpu.memory().live;
+        self.gpu.reset_peak();
         let outputs = (work.run)();
         self.gpu.sync()?;
+        let peak_bytes = self.gpu.memory().peak - live;
         let checked = match (work.check)(&outputs) {
             Ok(checked) => checked,
             Err(why) => return Ok(Err((work.name, why))),
@@ -137,7 +142,7 @@ impl Session {
             one = self.time(calls, &work)?;
             calls = repeats(target, one);
         }
-        Ok(Ok(Prepared { work, calls, checked, kernels, result }))
+        Ok(Ok(Prepared { work, calls, checked, kernels, peak_bytes, result }))
     }
 
     fn time(&self, calls: u32, work: &Work) -> Result<f64> {

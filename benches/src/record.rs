@@ -86,6 +86,9 @@ pub struct CaseRecord {
     pub device: Option<f64>,
     /// Wall seconds of one call, the shortest of a few.
     pub wall: Option<f64>,
+    /// Device memory of one call at its peak, inputs left out; older records do not say.
+    #[serde(default)]
+    pub peak_bytes: Option<u64>,
     /// Every sample, in the order taken.
     pub samples: Vec<Sample>,
 }
@@ -130,6 +133,7 @@ impl CaseRecord {
             seconds: stats::median(&seconds),
             device: shortest(|t| t.device),
             wall: shortest(|t| Some(t.wall)),
+            peak_bytes: Some(prepared.peak_bytes),
             samples,
         }
     }
@@ -147,6 +151,7 @@ impl CaseRecord {
             seconds: 0.0,
             device: None,
             wall: None,
+            peak_bytes: None,
             samples: Vec::new(),
         }
     }

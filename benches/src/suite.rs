@@ -6,7 +6,7 @@ use demask_engine::ops::case::Cost;
 use demask_engine::ops::cases;
 
 use crate::model::Step;
-use crate::work::Work;
+use crate::work::{Work, derivative_name};
 
 /// A choice of cases.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,11 +73,21 @@ pub fn entries(gpu: &Gpu, suite: &Suite) -> Vec<Entry> {
         let make: Make = Box::new(move |gpu| Ok(Work::of_case(gpu, case)));
         suite.has(&name, cost).then_some(Entry { name, make })
     });
+    let derivatives = cases().into_iter().filter(|c| c.runs_on(gpu)).filter_map(|case| {
+        let (cost, derivative) = (case.cost?, case.derivative?);
+        let both =
+            Cost { flops: cost.flops + derivative.flops, bytes: cost.bytes + derivative.bytes };
+        let name = derivative_name(&case.name);
+        let make: Make = Box::new(move |gpu| {
+            Ok(Work::of_derivative(gpu, case).expect("it states what its derivative costs"))
+        });
+        suite.has(&name, both).then_some(Entry { name, make })
+    });
     let steps = Step::all().into_iter().filter_map(|step| {
         let name = step.name();
         let chosen = suite.has(&name, step.cost());
         let make: Make = Box::new(move |gpu| step.make(gpu));
         chosen.then_some(Entry { name, make })
     });
-    ops.chain(steps).collect()
+    ops.chain(derivatives).chain(steps).collect()
 }

@@ -1,9 +1,11 @@
 //! One thing that is timed: an op's case or a whole step, what it costs, and how its result is checked.
 
+use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
 use demask_engine::ops::case::{Case, Cost, Tolerance};
 use demask_engine::philox::Philox;
 use demask_engine::tensor::Tensor;
+use demask_engine::tensor::host::Array;
 
 /// Outputs that are compared where the whole reference takes long: one drawn from each of as many equal stretches, so
 /// that a wrong tile, row or column is hit many times.
@@ -35,12 +37,17 @@ pub struct Work {
     pub check: Check,
 }
 
+/// Step of a central difference in f64.
+const STEP: f64 = 1e-4;
+
+/// The values of a case's inputs.
+fn values(case: &Case) -> Vec<Array> {
+    case.inputs.iter().enumerate().map(|(i, input)| input.values(i as u64)).collect()
+}
+
 impl Work {
     /// An op's case with its inputs on the device.
     pub fn of_case(gpu: &Gpu, case: Case) -> Work {
-        let values = |case: &Case| -> Vec<_> {
-            case.inputs.iter().enumerate().map(|(i, input)| input.values(i as u64)).collect()
-        };
         let inputs: Vec<Tensor> =
             case.inputs.iter().zip(values(&case)).map(|(i, v)| i.upload(gpu, &v)).collect();
         let case = std::rc::Rc::new(case);
@@ -75,6 +82,82 @@ impl Work {
             }),
         }
     }
+
+    /// The same case, forward and backward; `None` if it has no bench of that. What is checked are the gradients, each
+    /// along a random direction against a central difference of the reference.
+    pub fn of_derivative(gpu: &Gpu, case: Case) -> Option<Work> {
+        let (cost, derivative) = (case.cost?, case.derivative?);
+        let inputs: Vec<Tensor> = (case.inputs.iter().zip(values(&case)))
+            .map(|(input, v)| {
+                let tensor = input.upload(gpu, &v);
+                if input.is_differentiable() { tensor.trainable() } else { tensor }
+            })
+            .collect();
+        let case = std::rc::Rc::new(case);
+        let ran = case.clone();
+        let shape = (case.run)(&inputs).shape().clone();
+        let cotangent = signs(shape.numel(), 0);
+        let c: Vec<f32> = cotangent.iter().map(|&v| v as f32).collect();
+        let dy = Tensor::from_f32(gpu, &c, shape);
+        Some(Work {
+            name: derivative_name(&case.name),
+            cost: Cost {
+                flops: cost.flops + derivative.flops,
+                bytes: cost.bytes + derivative.bytes,
+            },
+            run: Box::new(move || {
+                let mut gradients = Gradients::new();
+                backward(&(ran.run)(&inputs), &dy, &mut gradients);
+                inputs.iter().filter_map(|leaf| gradients.get(leaf).cloned()).collect()
+            }),
+            check: Box::new(move |gradients| check_gradients(&case, &cotangent, gradients)),
+        })
+    }
+}
+
+/// What the bench of a case's derivative is called.
+pub fn derivative_name(case: &str) -> String {
+    format!("{case} and backward")
+}
+
+/// −1 or 1.
+fn signs(n: usize, of: usize) -> Vec<f64> {
+    let mut random = Philox::new(19, [n as u32, of as u32, 0]);
+    (0..n).map(|_| if random.below(2) == 0 { -1.0 } else { 1.0 }).collect()
+}
+
+/// ⟨gradient, direction⟩ of each differentiable input against (f(x + h d) − f(x − h d)) / 2h, f = ⟨cotangent, reference⟩.
+fn check_gradients(
+    case: &Case,
+    cotangent: &[f64],
+    gradients: &[Tensor],
+) -> Result<Checked, String> {
+    let values = values(case);
+    let inputs = (0..values.len()).filter(|&i| case.inputs[i].is_differentiable());
+    let mut checked = Checked { values: 0, of: 0, worst: 0.0 };
+    for (i, gradient) in inputs.zip(gradients) {
+        let g = gradient.to_vec().map_err(|e| e.to_string())?;
+        checked.of += g.len();
+        let direction = signs(g.len(), 1 + i);
+        let objective = |step: f64| -> f64 {
+            let mut moved = values.clone();
+            moved[i].data.iter_mut().zip(&direction).for_each(|(x, d)| *x += step * d);
+            (case.reference)(&moved).data.iter().zip(cotangent).map(|(y, c)| y * c).sum()
+        };
+        let want = (objective(STEP) - objective(-STEP)) / (2.0 * STEP);
+        let got: f64 = g.iter().zip(&direction).map(|(g, d)| f64::from(*g) * d).sum();
+        // Of random signs, a sum is about as large as its norm; what one wrong tile changes is a good part of that.
+        let norm = g.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        let error = (got - want).abs() / (1e-3 * norm + 1e-6);
+        if error.is_nan() || error > 1.0 {
+            return Err(format!(
+                "the gradient of input {i} along a direction is {got} instead of {want}"
+            ));
+        }
+        checked.worst = checked.worst.max(error);
+        checked.values += 1;
+    }
+    Ok(checked)
 }
 
 /// One index from each of `n` stretches of `0..of`.

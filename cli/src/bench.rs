@@ -470,8 +470,8 @@ fn comparison_table(comparison: &Comparison) -> String {
 fn table_of(record: &Record) -> String {
     let width = record.cases.iter().map(|c| c.name.chars().count()).max().unwrap_or(0).min(70);
     let head = format!(
-        "{:width$}  {:>11}  {:>11}  {:>11}  {:>9}  {:>8}  {:>8}",
-        "case", "time", "device", "wall", "GFLOP/s", "GB/s", "of limit"
+        "{:width$}  {:>11}  {:>11}  {:>11}  {:>9}  {:>8}  {:>8}  {:>9}",
+        "case", "time", "device", "wall", "GFLOP/s", "GB/s", "of limit", "memory"
     );
     let mut text = ui::heading(&head) + "\n";
     for case in &record.cases {
@@ -481,14 +481,15 @@ fn table_of(record: &Record) -> String {
         }
         let known = |t: Option<f64>| t.map_or("-".to_owned(), export::time);
         text += &format!(
-            "{:width$}  {:>11}  {:>11}  {:>11}  {:>9.2}  {:>8.2}  {:>6.0} %\n",
+            "{:width$}  {:>11}  {:>11}  {:>11}  {:>9.2}  {:>8.2}  {:>6.0} %  {:>9}\n",
             case.name,
             export::time(case.seconds),
             known(case.device),
             known(case.wall),
             case.gflops(),
             case.gbytes(),
-            100.0 * case.of_limit(&record.limits)
+            100.0 * case.of_limit(&record.limits),
+            export::memory(case.peak_bytes)
         );
     }
     let limits = record.limits;

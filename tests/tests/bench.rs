@@ -231,6 +231,33 @@ fn a_wrong_kernel_has_no_time() {
     assert!(session.confirm(&unsteady).unwrap().is_err());
 }
 
+#[test]
+fn a_wrong_derivative_has_no_time() {
+    let Some(_) = gpu() else { return };
+    let session = Session::open(None).unwrap();
+    let square = |factor: f32| {
+        let run = move |t: &[Tensor]| {
+            let x = t[0].detach();
+            let rule = {
+                let x = x.clone();
+                move |dy: &Tensor| vec![Some(scale(&mul(dy, &x), factor))]
+            };
+            mul(&x, &x).record("square", &[&t[0]], rule)
+        };
+        let reference = |x: &[Array]| x[0].map(|x| x * x);
+        let inputs = vec![Input::Normal([64, 96].into())];
+        Case::new("square", inputs, run, reference).cost(1.0, 1.0).derivative(2.0, 3.0)
+    };
+    let prepare = |case| {
+        let work = Work::of_derivative(&session.gpu, case).expect("it states its costs");
+        assert_eq!((work.cost.flops, work.cost.bytes), (3.0, 4.0));
+        session.prepare(work).unwrap()
+    };
+    assert!(prepare(square(2.0)).is_ok_and(|p| p.checked.of == 64 * 96));
+    let (name, why) = prepare(square(2.02)).err().expect("it is wrong");
+    assert!(name == "square and backward" && why.contains("gradient of input 0"), "{why}");
+}
+
 /// Whole steps: their references must find them right, and a wrong weight wrong.
 #[test]
 fn steps_are_checked_against_f64() {

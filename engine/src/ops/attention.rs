@@ -452,7 +452,11 @@ mod cases {
         };
         let flops = 4.0 * (b * pairs * n * h) as f64;
         let bytes = 4.0 * (b * (2 * tq * n + 2 * tk * g) * h) as f64;
-        let case = case(mask, [b, tq, tk, n, g, h], q_start).cost(flops, bytes);
+        let mut case = case(mask, [b, tq, tk, n, g, h], q_start).cost(flops, bytes);
+        if tq == tk && tq <= 512 {
+            // Five products instead of two; o and its cotangent besides, and three gradients.
+            case = case.derivative(2.5 * flops, 2.0 * bytes + 4.0 * (b * tq * n * h) as f64);
+        }
         case.sampled(move |x, at| {
             at.iter().map(|&i| row_of(x, mask, q_start, None, i / h)[i % h]).collect()
         })

@@ -32,6 +32,8 @@ pub struct Case {
     pub tolerance: Tolerance,
     /// Work of one forward call; `None` keeps the case out of the benches.
     pub cost: Option<Cost>,
+    /// Work of the derivative; with it the benches have the case a second time, forward and backward.
+    pub derivative: Option<Cost>,
     /// Which devices can run it; on others it is skipped, by name.
     pub device: DeviceTest,
 }
@@ -94,6 +96,7 @@ impl Case {
             sampled: None,
             tolerance: Tolerance::F32,
             cost: None,
+            derivative: None,
             device: Box::new(|_| true),
         }
     }
@@ -121,6 +124,11 @@ impl Case {
     /// As a bench too.
     pub fn cost(self, flops: f64, bytes: f64) -> Case {
         Case { cost: Some(Cost { flops, bytes }), ..self }
+    }
+
+    /// With a bench of forward and backward, of which the backward pass alone costs this.
+    pub fn derivative(self, flops: f64, bytes: f64) -> Case {
+        Case { derivative: Some(Cost { flops, bytes }), ..self }
     }
 }
 

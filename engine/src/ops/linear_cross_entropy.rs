@@ -300,7 +300,11 @@ mod cases {
         // Half the tokens are supervised, as in a block-diffusion pass.
         let bench = |t: usize, d: usize, v: usize| {
             let flops = 2.0 * (t / 2 * d * v) as f64;
-            case(t, t / 2, d, &[v], CHUNK_BYTES).cost(flops, 4.0 * (d * v) as f64)
+            let weight = 4.0 * (d * v) as f64;
+            let case = case(t, t / 2, d, &[v], CHUNK_BYTES).cost(flops, weight);
+            // Logits are computed once more where they are not kept; two products, and dW is written.
+            let kept = 4 * (t / 2) * v <= CHUNK_BYTES;
+            case.derivative(if kept { 2.0 } else { 3.0 } * flops, 2.0 * weight)
         };
         vec![
             case(1, 1, 4, &[1], CHUNK_BYTES),

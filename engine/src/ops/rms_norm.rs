@@ -94,7 +94,8 @@ mod cases {
         let mut cases: Vec<_> = shapes.into_iter().map(case).collect();
         for d in [576, 4096] {
             let n = (512 * d) as f64;
-            cases.push(case(&[512, d]).cost(4.0 * n, 8.0 * n));
+            // dx reads x and dy and is written; dw reads them again.
+            cases.push(case(&[512, d]).cost(4.0 * n, 8.0 * n).derivative(9.0 * n, 20.0 * n));
         }
         cases
     }

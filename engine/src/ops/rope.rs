@@ -206,7 +206,11 @@ mod cases {
 
     /// The rotation's cases.
     pub fn cases() -> Vec<Case> {
-        let n = |heads: usize, h: usize| (512 * heads * h) as f64;
+        let bench = |heads: usize, h: usize| {
+            let n = (512 * heads * h) as f64;
+            let case = case([1, 512, heads, h], 0, true);
+            case.cost(3.0 * n, 8.0 * n).derivative(3.0 * n, 8.0 * n)
+        };
         let mut cases = vec![
             case([1, 1, 1, 2], 0, true),
             case([2, 5, 3, 6], 0, true),
@@ -218,8 +222,8 @@ mod cases {
             case([0, 4, 2, 8], 0, true),
             case([2, 0, 2, 8], 0, false),
             case([1, 5, 19, 8], 0, true),
-            case([1, 512, 9, 64], 0, true).cost(3.0 * n(9, 64), 8.0 * n(9, 64)),
-            case([1, 512, 32, 128], 0, true).cost(3.0 * n(32, 128), 8.0 * n(32, 128)),
+            bench(9, 64),
+            bench(32, 128),
         ];
         for which in 0..3 {
             cases.push(cached(which, 1, 1, 1, 2, 0));

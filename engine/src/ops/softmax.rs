@@ -84,7 +84,7 @@ mod cases {
         // More rows than one grid dimension has workgroups.
         cases.push(case(&[70_000, 2]));
         let n = 64.0 * 49152.0;
-        cases.push(case(&[64, 49152]).cost(5.0 * n, 8.0 * n));
+        cases.push(case(&[64, 49152]).cost(5.0 * n, 8.0 * n).derivative(4.0 * n, 12.0 * n));
         cases
     }
 }

@@ -68,7 +68,7 @@ mod cases {
         cases.push(case_of("swiglu composed".into(), &[3, 257], |g, up| mul(&silu(g), up)));
         for f in [1536, 14_336] {
             let n = (512 * f) as f64;
-            cases.push(fused(&[512, f]).cost(5.0 * n, 12.0 * n));
+            cases.push(fused(&[512, f]).cost(5.0 * n, 12.0 * n).derivative(10.0 * n, 20.0 * n));
         }
         cases
     }
