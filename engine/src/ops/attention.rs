@@ -507,6 +507,9 @@ mod cases {
         ] {
             cases.push(bench(mask, [1, tq, tk, 9, 3, 64], tk - tq));
         }
+        // What the two-copy pass costs beside a causal one over the same sequence, where both are long.
+        cases.push(bench(Causal, [1, 8192, 8192, 8, 2, 64], 0));
+        cases.push(bench(TwoCopy(4), [1, 16_384, 16_384, 8, 2, 64], 0));
         for h in [64, 128] {
             for t in [512, 1024, 2048, 4096] {
                 cases.push(bench(Causal, [1, t, t, 8, 2, h], 0));
