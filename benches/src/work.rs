@@ -126,7 +126,8 @@ fn signs(n: usize, of: usize) -> Vec<f64> {
     (0..n).map(|_| if random.below(2) == 0 { -1.0 } else { 1.0 }).collect()
 }
 
-/// ⟨gradient, direction⟩ of each differentiable input against (f(x + h d) − f(x − h d)) / 2h, f = ⟨cotangent, reference⟩.
+/// ⟨gradient, d⟩ of each differentiable input, along a direction d, against (f(x + h d) − f(x − h d)) / 2h, where
+/// f = ⟨cotangent, reference⟩.
 fn check_gradients(
     case: &Case,
     cotangent: &[f64],

@@ -53,10 +53,12 @@ fn a_run_is_recorded_compared_and_reported() {
     }
     let folder = tempfile::tempdir().unwrap();
     let base = path(folder.path(), "base.json");
-    let run = ["bench", "run", "--suite", "swiglu,add [512", "--budget", "3", "--commit", "abc123"];
+    let run =
+        ["bench", "run", "--suite", "swiglu [512,add [512", "--budget", "3", "--commit", "abc123"];
     ends(&[&run[..], &["--json", &base, "--quiet"]].concat(), 0);
     let record = Record::read(Path::new(&base)).unwrap();
-    assert_eq!((record.cases.len(), record.label().as_str()), (3, "abc123"));
+    // One sum, two gates, and these with their derivatives.
+    assert_eq!((record.cases.len(), record.label().as_str()), (5, "abc123"));
     for case in &record.cases {
         assert!(case.checked.is_some_and(|c| c.values > 0 && c.worst <= 1.0), "{case:?}");
         assert!(case.kernels.iter().all(|k| k.hash.len() == 16 && k.dispatches == 1), "{case:?}");
@@ -81,7 +83,7 @@ fn a_run_is_recorded_compared_and_reported() {
     let compare = |new: &str, options: &[&str], code| {
         ends(&[&["bench", "compare", &base, new], options].concat(), code)
     };
-    assert!(compare(&base, &[], 0).0.contains("3 same"));
+    assert!(compare(&base, &[], 0).0.contains("5 same"));
     assert!(compare(&slow, &[], 1).0.contains("REGRESSION"));
     compare(&slow, &["--max-regress", "15%"], 0);
     assert!(compare(&fast, &[], 0).0.contains("faster"));

@@ -71,8 +71,8 @@ fn rotate(x: &Tensor, positions: &Tensor, inv_freq: &Tensor, sign: f32) -> Tenso
     y
 }
 
-/// A decoding step's rotation and cache write in one: `x` holds each token's N queries, G keys and G values. Returns the
-/// queries rotated, [1, T, N, H], and writes keys rotated and values as they are into `keys` and `values` from row
+/// A decoding step's rotation and cache write in one: `x` holds each token's N queries, G keys and G values. Returns
+/// the queries rotated, [1, T, N, H], and writes keys rotated and values as they are into `keys` and `values` from row
 /// `start` on, which is the position of token 0. Has no derivative.
 ///
 /// # Panics
@@ -94,7 +94,7 @@ pub fn rope_into_cache(
         _ => None,
     };
     let fits = keys.shape() == values.shape()
-        && keys.shape().last() % 2 == 0
+        && keys.shape().last().is_multiple_of(2)
         && **inv_freq.shape() == [keys.shape().last() / 2]
         && all.iter().all(|t| t.dtype() == DType::F32);
     let Some(heads) = heads.filter(|_| fits) else {
