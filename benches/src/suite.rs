@@ -11,7 +11,8 @@ use crate::work::{Work, derivative_name};
 /// A choice of cases.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Suite {
-    /// Those of at most 0.28 GFLOP and 50 MB a call: within a minute on a software adapter.
+    /// Forward passes of at most 0.28 GFLOP and 50 MB a call, and whole steps, without those that a sibling stands for:
+    /// within a minute on a software adapter.
     Quick,
     /// All.
     Full,
@@ -70,8 +71,9 @@ pub fn entries(gpu: &Gpu, suite: &Suite) -> Vec<Entry> {
     let ops = cases().into_iter().filter(|c| c.runs_on(gpu)).filter_map(|case| {
         let cost = case.cost?;
         let name = case.name.clone();
+        let chosen = suite.has(&name, cost) && !(*suite == Suite::Quick && case.full_only);
         let make: Make = Box::new(move |gpu| Ok(Work::of_case(gpu, case)));
-        suite.has(&name, cost).then_some(Entry { name, make })
+        chosen.then_some(Entry { name, make })
     });
     let derivatives = cases().into_iter().filter(|c| c.runs_on(gpu)).filter_map(|case| {
         let (cost, derivative) = (case.cost?, case.derivative?);
@@ -81,7 +83,8 @@ pub fn entries(gpu: &Gpu, suite: &Suite) -> Vec<Entry> {
         let make: Make = Box::new(move |gpu| {
             Ok(Work::of_derivative(gpu, case).expect("it states what its derivative costs"))
         });
-        suite.has(&name, both).then_some(Entry { name, make })
+        let chosen = suite.has(&name, both) && *suite != Suite::Quick;
+        chosen.then_some(Entry { name, make })
     });
     let steps = Step::all().into_iter().filter_map(|step| {
         let name = step.name();

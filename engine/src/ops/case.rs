@@ -34,6 +34,8 @@ pub struct Case {
     pub cost: Option<Cost>,
     /// Work of the derivative; with it the benches have the case a second time, forward and backward.
     pub derivative: Option<Cost>,
+    /// Kept out of the quick suite: a sibling there stands for it.
+    pub full_only: bool,
     /// Which devices can run it; on others it is skipped, by name.
     pub device: DeviceTest,
 }
@@ -97,6 +99,7 @@ impl Case {
             tolerance: Tolerance::F32,
             cost: None,
             derivative: None,
+            full_only: false,
             device: Box::new(|_| true),
         }
     }
@@ -124,6 +127,11 @@ impl Case {
     /// As a bench too.
     pub fn cost(self, flops: f64, bytes: f64) -> Case {
         Case { cost: Some(Cost { flops, bytes }), ..self }
+    }
+
+    /// Out of the quick suite.
+    pub fn full_only(self) -> Case {
+        Case { full_only: true, ..self }
     }
 
     /// With a bench of forward and backward, of which the backward pass alone costs this.

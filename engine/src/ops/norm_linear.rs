@@ -165,7 +165,8 @@ mod cases {
             for dtype in [DType::F16, DType::Q4] {
                 let [t, rows, d] = [1, 3072, 576];
                 let bytes = (rows * dtype.row_bytes(d)) as f64;
-                cases.push(case(gate, dtype, [t, rows, d]).cost(2.0 * (rows * d) as f64, bytes));
+                let case = case(gate, dtype, [t, rows, d]).cost(2.0 * (rows * d) as f64, bytes);
+                cases.push(if dtype == DType::Q4 { case } else { case.full_only() });
             }
         }
         cases
