@@ -1,4 +1,5 @@
 // Weights stored as f16, two to a word; needs no device feature. See weight_f32 for the functions.
+#import plain
 alias Weight = vec2<u32>;
 
 fn widen(words: vec2<u32>) -> vec4<f32> {
@@ -17,18 +18,4 @@ fn weight4(row: u32, columns: u32, quad: u32) -> vec4<f32> {
 fn weight8(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
     let at = row * (columns / 4u) + 2u * oct;
     return mat2x4<f32>(widen(w[at]), widen(w[at + 1u]));
-}
-
-const MINIMA: bool = false;
-
-fn weight8_raw(row: u32, columns: u32, oct: u32) -> mat2x4<f32> {
-    return weight8(row, columns, oct);
-}
-
-fn raw_factor(i: u32) -> f32 {
-    return 1.0;
-}
-
-fn weight_scale(row: u32, columns: u32, block: u32) -> vec2<f32> {
-    return vec2<f32>(1.0, 0.0);
 }

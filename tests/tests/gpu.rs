@@ -88,6 +88,38 @@ fn uploads_of_any_size_come_back() {
     assert_eq!(odd.to_bytes().unwrap(), halves);
 }
 
+/// A part of a weight's memory is read, written, copied and filled where it stands, and nothing beside it.
+#[test]
+fn parts_of_a_tensor_keep_to_themselves() {
+    let Some(gpu) = checked_gpu() else { return };
+    let values: Vec<f32> = (0..256).map(|i| i as f32).collect();
+    let whole = Tensor::from_f32(&gpu, &values, [4, 64]);
+    let [one, two] = [1, 2].map(|row| whole.part(row, 1));
+    assert_eq!(one.to_vec().unwrap(), values[64..128]);
+    assert_eq!(add(&one, &two).to_vec().unwrap()[..2], [64.0 + 128.0, 65.0 + 129.0]);
+    let other = filled(&gpu, 64);
+    gpu.copy(two.buffer(), 0, other.buffer(), 0, 8);
+    gpu.copy(other.buffer(), 0, one.buffer(), 4, 8);
+    gpu.zero(two.buffer());
+    whole.part(3, 1).overwrite(&[7.0f32; 64]);
+    let mut want = values;
+    want[65..67].copy_from_slice(&[128.0, 129.0]);
+    want[128..192].fill(0.0);
+    want[192..].fill(7.0);
+    assert_eq!(whole.to_vec().unwrap(), want);
+    // The memory lives as long as a part of it, and goes back to the pool once.
+    drop((whole, one, other));
+    let live = gpu.memory().live;
+    assert_eq!(two.to_vec().unwrap(), vec![0.0; 64]);
+    drop(two);
+    assert!(gpu.memory().live < live);
+    // Parts are the same memory: a dispatch must not write one and bind another.
+    let whole = filled(&gpu, 128).reshape([2, 64]);
+    let parts = [0, 1].map(|row| whole.part(row, 1));
+    assert!(parts[0].buffer().same(parts[1].buffer()) && whole.buffer().same(parts[1].buffer()));
+    assert!(!whole.buffer().same(filled(&gpu, 128).buffer()));
+}
+
 #[test]
 fn dropped_buffers_are_used_again_and_counted() {
     let Some(gpu) = gpu() else { return };

@@ -167,7 +167,12 @@ impl Gpu {
     }
 
     /// Records a copy between two buffers; offsets and size are multiples of 4.
+    ///
+    /// # Panics
+    /// If both are the same memory, or parts of it, which WebGPU does not copy.
+    #[track_caller]
     pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, bytes: u64) {
+        assert!(!from.same(to), "a copy within {from:?}");
         if self.faulted() || bytes == 0 {
             return;
         }

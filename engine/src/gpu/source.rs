@@ -14,6 +14,7 @@ const SHARED: &[(&str, &str)] = &[
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
     ("matmul", include_str!("../../../shaders/shared/matmul.wgsl")),
     ("philox", include_str!("../../../shaders/shared/philox.wgsl")),
+    ("plain", include_str!("../../../shaders/shared/plain.wgsl")),
     ("quad", include_str!("../../../shaders/shared/quad.wgsl")),
     ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
     ("rotation", include_str!("../../../shaders/shared/rotation.wgsl")),

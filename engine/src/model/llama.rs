@@ -46,9 +46,9 @@ struct Layer {
     gate: Parameter,
     up: Parameter,
     down: Parameter,
-    /// q, k and v as one tensor where they share memory, which decoding multiplies by at once.
-    qkv: Option<Tensor>,
-    /// The same of gate and up.
+    /// q, k and v, which decoding multiplies by at once: one tensor where they share memory, else their shards.
+    qkv: Vec<Tensor>,
+    /// Gate and up as one tensor, where they share memory.
     gate_up: Option<Tensor>,
     heads: usize,
     kv_heads: usize,
@@ -112,6 +112,8 @@ impl Llama {
             let input_norm = part(&mut source, "input_layernorm")?;
             let names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(name);
             let ([q, k, v], qkv) = joined(gpu, &mut source, names, &shapes)?;
+            let apart = || [&q, &k, &v].map(|p| p.shards.clone()).concat();
+            let qkv = qkv.map_or_else(apart, |whole| vec![whole]);
             let o = part(&mut source, "self_attn.o_proj")?;
             let post_norm = part(&mut source, "post_attention_layernorm")?;
             let names = ["mlp.gate_proj", "mlp.up_proj"].map(name);
@@ -178,7 +180,7 @@ impl Llama {
         [&self.embed].into_iter().chain(layers).chain([&self.norm]).chain(&self.head).collect()
     }
 
-    /// Tensors that hold several parameters one behind the other, for products that use them at once.
+    /// What decoding multiplies by instead of by q, k, v, gate and up alone.
     pub fn joined(&self) -> impl Iterator<Item = &Tensor> {
         self.layers.iter().flat_map(|layer| layer.qkv.iter().chain(&layer.gate_up))
     }
@@ -307,9 +309,7 @@ impl Layer {
     /// The same block in fewer dispatches, without gradients, on one sequence and its cache: x [T, D] → [T, D].
     fn decode(&self, x: &Tensor, step: &Step<'_>, (keys, values): (&Tensor, &Tensor)) -> Tensor {
         let t = x.shape()[0];
-        let apart = || [&self.q, &self.k, &self.v].map(|p| p.shards.clone()).concat();
-        let qkv = self.qkv.as_ref().map_or_else(apart, |joined| vec![joined.clone()]);
-        let qkv = norm_linear(x, (&self.input_norm.shards[0], self.eps), &qkv);
+        let qkv = norm_linear(x, (&self.input_norm.shards[0], self.eps), &self.qkv);
         let q = rope_into_cache(&qkv, step.inv_freq, step.start, keys, values);
         let a = attention(&q, keys, values, &step.options).reshape([t, self.heads * self.head_dim]);
         let x = linear_onto(x, &a, &self.o.shards);
