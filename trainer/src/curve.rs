@@ -286,7 +286,17 @@ mod tests {
         let phase = phase.to_string();
         let (grad_norm, lr, tokens_per_second) = (loss / 7.0, 1e-3, 5e4);
         let ce_per_masked = (phase == "diffusion").then_some(2.0);
-        Metrics { step, phase, loss, grad_norm, lr, tokens_per_second, ce_per_masked, u_max }
+        Metrics {
+            step,
+            phase,
+            loss,
+            grad_norm,
+            lr,
+            tokens_per_second,
+            ce_per_masked,
+            u_max,
+            ..Metrics::default()
+        }
     }
 
     /// Autoregression, a noise warm-up with its jump, diffusion, one spike and one divergence.

@@ -5,12 +5,12 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// One line of a metrics file. Unknown fields are ignored, so a run may record more.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// One line of `metrics.jsonl`: one optimiser step. Unknown fields are ignored, so a run may record more.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
     /// Optimiser step, counted over the whole run, not from the start of a phase.
     pub step: u64,
-    /// What is trained, such as "ar" or "diffusion".
+    /// The phase's name, such as "ar", "cpt" or "sft".
     pub phase: String,
     /// The training loss, weighted and divided by all maskable tokens; NaN (null in the file) if
     /// the run diverged.
@@ -23,12 +23,63 @@ pub struct Metrics {
     pub lr: f64,
     /// Tokens of the base sequences per second.
     pub tokens_per_second: f64,
-    /// Unweighted cross-entropy per masked token, in nats.
+    /// Tokens of the base sequences since the run began, this step included.
+    #[serde(default)]
+    pub tokens: u64,
+    /// Unweighted cross-entropy per supervised token (masked ones under diffusion), in nats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ce_per_masked: Option<f64>,
     /// Upper end of the mask rate while the noise warms up; absent afterwards.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub u_max: Option<f64>,
+    /// Block length under block diffusion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_length: Option<usize>,
+    /// Under diffusion, the unweighted cross-entropy of the masked tokens whose block's mask rate lies in
+    /// (i/n, (i + 1)/n], for n equal buckets; null where this step drew none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ce_by_rate: Vec<Option<f64>>,
+    /// Floating-point operations of the step by the usual count (6 a weight and token, and attention), as a share of
+    /// what the device was measured to do in f32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flop_utilisation: Option<f64>,
+    /// Most device memory in use so far, in bytes.
+    #[serde(default)]
+    pub peak_bytes: u64,
+    /// Why the weights did not move in this step, if they did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
+}
+
+/// One line of `validation.jsonl`: held-out text at one step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Validation {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// The phase's name.
+    pub phase: String,
+    /// Which text: "held_out" for all of it, or a source's name.
+    pub text: String,
+    /// Nats a token, under the unclipped schedule and its weights for diffusion: an upper bound of the negative
+    /// log-likelihood, comparable with an autoregressive model's.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub loss: f64,
+    /// Unweighted cross-entropy per supervised token, in nats.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub ce: f64,
+    /// Tokens it is over.
+    pub tokens: u64,
+}
+
+/// One line of `samples.jsonl`: what the model wrote at one step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// What it was given.
+    pub prompt: String,
+    /// What it wrote.
+    pub text: String,
 }
 
 /// JSON has no NaN, and `serde_json` writes it as null.
@@ -72,6 +123,7 @@ mod tests {
             tokens_per_second: 5e4,
             ce_per_masked: u_max,
             u_max,
+            ..Metrics::default()
         }
     }
 

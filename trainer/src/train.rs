@@ -192,6 +192,9 @@ impl Trainer {
             tokens_per_second: tokens as f64 / start.elapsed().as_secs_f64(),
             ce_per_masked: (rows > 0).then(|| sum / rows as f64),
             u_max: u_max.map(f64::from),
+            tokens: self.step * tokens as u64,
+            peak_bytes: self.model.gpu().memory().peak,
+            ..Metrics::default()
         })
     }
 
