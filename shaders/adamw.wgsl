@@ -1,6 +1,6 @@
 // adamw: m += rest1 (g - m), v = beta2 v + rest2 g^2, w = decay w - step m / (sqrt(v) / bias2 + eps)
 // grad      [n], g = grad * grad_scale * clip; all in quads, what lies behind the last element is of no one
-// norm_clip [2], the bits of the gradients' norm and of clip; without a finite norm nothing changes
+// norm_clip [2], the bits of the gradients' norm and of clip; where clip is 0 nothing changes
 // w, m, v   [n], in place
 // dispatch  256 quads a workgroup, folded
 #import grid
@@ -29,8 +29,7 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let i = linear_workgroup(group, groups) * 256u + lane;
-    let finite = (norm_clip[0] & 0x7f800000u) != 0x7f800000u;
-    if i < p.quads && finite {
+    if i < p.quads && norm_clip[1] != 0u {
         let g = grad[i] * (p.grad_scale * bitcast<f32>(norm_clip[1]));
         let mean = m[i] + p.rest1 * (g - m[i]);
         let square = p.beta2 * v[i] + p.rest2 * g * g;

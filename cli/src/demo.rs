@@ -10,8 +10,11 @@ use anyhow::{Context, Result, bail};
 use demask_engine::decode::{DecodeOptions, Generation, Mode, Schedule};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer, Weights};
-use demask_trainer::recipe::{Data, ModelSource, Objective, Optimizer, Phase, Recipe};
-use demask_trainer::train::{Event, Trainer, held_out_loss};
+use demask_trainer::recipe::{
+    BlockLength, Checkpoints, Data, Guard, ModelSource, Objective, Optimizer, Phase, Recipe,
+    Validation,
+};
+use demask_trainer::train::{Event, Trainer};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
@@ -190,24 +193,21 @@ fn recipe(
         seed,
         model: ModelSource { from: Some(model), fresh: None, mask_token: None },
         data: Data {
-            paths: vec![code.to_owned()],
             extensions: language.extensions.iter().map(|e| e.to_string()).collect(),
             length: length / block_length * block_length,
             held_out: 0.1,
-            document_mask: false,
+            ..Data::of_paths(vec![code.to_owned()])
         },
         optimizer: Optimizer { batch, micro_batch: batch, ..Optimizer::default() },
-        save_every: MANY_STEPS,
+        checkpoints: Checkpoints { every: MANY_STEPS, ..Checkpoints::default() },
+        validation: Validation::default(),
+        guard: Guard::default(),
         recompute: false,
         phase: vec![Phase {
-            objective: Objective::Diffusion,
-            steps: MANY_STEPS,
-            lr: 1e-4,
             lr_warmup: 5,
             lr_min_ratio: 1.0,
-            block_length,
-            corruption_warmup: 0,
-            u_init: 1e-3,
+            block_length: BlockLength::Fixed(block_length),
+            ..Phase::new(Objective::BlockDiffusion, MANY_STEPS, 1e-4)
         }],
     })
 }
@@ -234,8 +234,9 @@ fn learn(
     let size = sources.copy(&folder.join("code"), MOST_BYTES)?;
     stage.title(&format!("Learning {} for {} s", sources.language.name, args.seconds))?;
     stage.say(&ui::dim(&format!("from {} of {}", ui::bytes(size), sources.root.display())))?;
-    let mut trainer = Trainer::open(gpu, recipe.clone(), &folder.join("run"), &mut |_| {})?;
-    let loss = |t: &Trainer| held_out_loss(&recipe, t.model(), t.tokenizer(), MEASURED);
+    let mut trainer =
+        Trainer::open(gpu, recipe, &folder.join("run"), &|_| ControlFlow::Continue(()))?;
+    let loss = |t: &Trainer| t.held_out_ce(MEASURED);
     let held_out_before = loss(&trainer)?;
     let (first, began) = (trainer.step(), Instant::now());
     let (losses, checkpoint) = train(&mut trainer, args)?;

@@ -7,6 +7,7 @@
 
 mod args;
 mod bench;
+mod data;
 mod demo;
 mod doctor;
 mod generate;
@@ -14,6 +15,7 @@ mod interrupt;
 mod score;
 mod show;
 mod sources;
+mod tokenizer;
 mod train;
 mod tune;
 mod ui;
@@ -28,6 +30,7 @@ First steps:
   demask demo          a small model writes code, learns for a minute, writes again
   demask generate --model DIR --prompt 'def fib(n):'
   demask score --model DIR --file main.py
+  demask data build src/ --tokenizer MODEL --out data
   demask train recipe.toml --out runs/first
   demask bench run --json base.json
 
@@ -49,6 +52,8 @@ struct Cli {
 enum Command {
     Demo(demo::Args),
     Doctor(doctor::Args),
+    Data(data::Args),
+    Tokenizer(tokenizer::Args),
     Train(train::Args),
     Generate(generate::Args),
     Score(score::Args),
@@ -73,6 +78,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Data(args) => data::run(args),
+        Command::Tokenizer(args) => tokenizer::run(args),
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use demask_engine::tune;
-use demask_trainer::metrics::Metrics;
+use demask_trainer::metrics::{Metrics, Validation};
 use demask_trainer::recipe::Recipe;
 use demask_trainer::train::{Event, Outcome, Trainer};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -39,7 +39,7 @@ A recipe, short:
   steps = 300
   lr = 1e-3
   [[phase]]
-  objective = \"diffusion\"
+  objective = \"block_diffusion\"
   steps = 300
   lr = 1e-3
   block_length = 4
@@ -84,8 +84,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let total = recipe.total_steps();
     let gpu = args.common.open_gpu()?;
     notices.say(&format!("device     {}", gpu.adapter().describe()));
-    let mut trainer =
-        Trainer::open(&gpu, recipe, &args.out, &mut |event| announce(notices, &event))?;
+    let mut trainer = Trainer::open(&gpu, recipe, &args.out, &|event| {
+        announce(notices, &event);
+        match interrupt::asked() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    })?;
     let parameters = trainer.model().config().num_parameters();
     notices.say(&format!("model      {} parameters", ui::count(parameters as f64)));
 
@@ -116,7 +121,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
                 checkpoint = Some(place.to_owned());
                 ControlFlow::Continue(())
             }
-            _ => ControlFlow::Continue(()),
+            event => {
+                progress.aside(|| announce(notices, &event));
+                ControlFlow::Continue(())
+            }
         })?
     };
     let seconds = began.elapsed().as_secs_f64();
@@ -168,20 +176,38 @@ pub fn run(args: Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is worth a line while a run is opened.
-pub fn announce(notices: Notices, event: &Event<'_>) {
+/// What is worth a line of its own.
+fn announce(notices: Notices, event: &Event<'_>) {
     let line = match event {
-        Event::Corpus(report) => {
-            let report = report.to_string();
-            report.lines().map(|l| format!("corpus     {l}")).collect::<Vec<_>>().join("\n")
+        Event::Dataset(dataset) => {
+            let sources = dataset.manifest.sources.iter().map(|source| {
+                let tokens: u64 = source.train.iter().map(|s| s.tokens).sum();
+                format!("{} {}", source.name, ui::count(tokens as f64))
+            });
+            format!("dataset    tokens: {}", sources.collect::<Vec<_>>().join(", "))
         }
-        Event::Tokenizer(size) => format!("tokenizer  {size} tokens, trained on this text"),
-        Event::Packed { sequences, tokens } => {
-            let tokens = ui::count(*tokens as f64);
-            format!("data       {sequences} sequences, {tokens} tokens an epoch")
+        Event::Packed(packed) => {
+            let mut line = format!("data       {} sequences an epoch", packed.n_sequences());
+            for (name, _, left_out) in packed.sources().filter(|(.., n)| *n > 0) {
+                line += &format!(
+                    "\n           {name}: {left_out} conversations are longer than a sequence and left out"
+                );
+            }
+            line
         }
         Event::Resumed(step) => format!("resuming after step {step}"),
-        Event::Step(..) | Event::Saved(_) => return,
+        Event::MaskEmbedding(mask) => format!(
+            "mask token's embedding has length {:.3}, the mean is {:.3}{}",
+            mask.norm,
+            mask.mean,
+            if mask.mended { ": set to the mean" } else { "" }
+        ),
+        Event::Validated(all) => {
+            let of = |v: &Validation| format!("{} {:.4}", v.text, v.loss);
+            format!("held out   {}", all.iter().rev().map(of).collect::<Vec<_>>().join("  "))
+        }
+        Event::WentBack(step, why) => format!("going back to step {step}: {why}"),
+        _ => return,
     };
     notices.say(&line);
 }
@@ -210,6 +236,11 @@ impl Progress {
         Progress { bar, notices, first, total, began: Instant::now(), last_line: None }
     }
 
+    /// Lines that are not overwritten.
+    fn aside(&self, say: impl FnOnce()) {
+        self.bar.suspend(say);
+    }
+
     fn step(&mut self, metrics: &Metrics) {
         let done = metrics.step - self.first;
         let left = self.total.saturating_sub(metrics.step);
@@ -224,6 +255,9 @@ impl Progress {
             ui::count(metrics.tokens_per_second),
             ui::duration(eta)
         );
+        if let Some(why) = &metrics.skipped {
+            self.aside(|| self.notices.say(&format!("step {} skipped: {why}", metrics.step)));
+        }
         if self.notices.animated() {
             self.bar.set_position(metrics.step);
             self.bar.set_message(text);

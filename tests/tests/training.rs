@@ -31,7 +31,7 @@ fn recipe(corpus: &Path, text: &str) -> Recipe {
     let base = format!(
         r#"
         seed = 3
-        save_every = 4
+        checkpoints.every = 4
         {text}
         [model.fresh]
         vocab_size = 300
@@ -52,7 +52,7 @@ fn recipe(corpus: &Path, text: &str) -> Recipe {
         lr = 1e-2
         lr_warmup = 2
         [[phase]]
-        objective = "diffusion"
+        objective = "block_diffusion"
         steps = 9
         lr = 1e-2
         block_length = 4
@@ -65,9 +65,13 @@ fn recipe(corpus: &Path, text: &str) -> Recipe {
     recipe
 }
 
+fn go_on(_: Event<'_>) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 /// Runs until `stop` steps are done in this process, without a word to the trainer: as a kill would.
 fn run_for(gpu: &Gpu, recipe: &Recipe, run: &Path, stop: u64) -> Option<Outcome> {
-    let mut trainer = Trainer::open(gpu, recipe.clone(), run, &mut |_| {}).unwrap();
+    let mut trainer = Trainer::open(gpu, recipe.clone(), run, &go_on).unwrap();
     struct Killed;
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         trainer.run(&mut |event| {
@@ -127,8 +131,8 @@ fn losses_fall_and_the_split_into_micro_batches_does_not_matter() {
     recipe.phase[0].steps = 40;
     let losses = |recipe: &Recipe, name: &str, steps: u64| {
         let run = folder.path().join(name);
-        let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &mut |_| {}).unwrap();
-        (0..steps).map(|_| trainer.train_step().unwrap().loss).collect::<Vec<f64>>()
+        let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &go_on).unwrap();
+        (0..steps).map(|_| trainer.train_step().unwrap().0.loss).collect::<Vec<f64>>()
     };
     let split = losses(&recipe, "split", 30);
     assert!(split[29] < split[0] - 0.8, "from {} to {}", split[0], split[29]);
@@ -148,7 +152,7 @@ fn another_recipe_is_refused_and_shown() {
     run_for(&gpu, &recipe, &run, 5);
     let mut other = recipe.clone();
     other.optimizer.clip = 2.0;
-    let error = Trainer::open(&gpu, other, &run, &mut |_| {}).err().expect("refused");
+    let error = Trainer::open(&gpu, other, &run, &go_on).err().expect("refused");
     let text = format!("{error:#}");
     assert!(text.contains("- clip = 1.0") && text.contains("+ clip = 2.0"), "{text}");
 }
@@ -181,7 +185,7 @@ fn recipes_are_checked() {
     for (from, to, named) in broken {
         assert!(good.contains(from), "{from} in {good}");
         let recipe: Recipe = toml::from_str(&good.replacen(from, to, 1)).unwrap();
-        let error = recipe.check().unwrap_err().to_string();
+        let error = format!("{:#}", recipe.check().unwrap_err());
         assert!(error.contains(named), "{error}");
     }
     let unknown = good.replacen("steps = 9", "stepz = 9", 1);

@@ -6,18 +6,18 @@ use demask_engine::model::{Inputs, Llama};
 use demask_engine::ops::{AttentionOptions, CrossEntropy, Mask, Supervision, linear_cross_entropy};
 use demask_engine::tensor::Tensor;
 
-use crate::noise::{Corruption, Example, NoiseKey, Schedule};
-use crate::pack::Packed;
-use crate::recipe::{Objective, Phase};
+use crate::noise::{Corrupted, Corruption, Example, NoiseKey, Schedule, Strata};
+use crate::pack::{Packed, Sequence};
+use crate::recipe::{Objective, Place};
 
 /// How one step turns sequences into examples.
 pub struct StepPlan<'a> {
-    /// The objective and its settings.
-    pub phase: &'a Phase,
-    /// Step within the phase: decides the corruption schedule.
-    pub phase_step: u64,
+    /// The phase and the step within it.
+    pub place: Place<'a>,
     /// Step of the run: keys the noise.
     pub step: u64,
+    /// Sequences of a step.
+    pub batch: usize,
     /// The run's seed.
     pub seed: u64,
     /// The token of a hole.
@@ -25,46 +25,84 @@ pub struct StepPlan<'a> {
 }
 
 impl StepPlan<'_> {
-    /// The examples of sequences `first`.. of the run, one per sequence of the batch.
-    pub fn examples(&self, data: &Packed, first: u64, n: usize) -> Vec<Example> {
-        (0..n as u64)
+    /// The examples of a step whose first sequence is `first` of the run.
+    pub fn examples(&self, data: &Packed, first: u64) -> Vec<Example> {
+        let phase = self.place.phase;
+        (0..self.batch as u64)
             .map(|i| {
-                let sequence = data.sequence(first + i);
-                let everything = vec![true; sequence.tokens.len()];
-                match self.phase.objective {
-                    Objective::Ar => {
-                        Example::autoregressive(sequence.tokens, &everything, sequence.spans)
-                    }
-                    Objective::Diffusion => {
-                        let key = NoiseKey {
-                            seed: self.seed,
-                            step: self.step as u32,
-                            sequence: i as u32,
-                        };
-                        let xt = self.corruption().corrupt(sequence.tokens, &everything, key);
-                        Example::two_copy(sequence.tokens, &everything, sequence.spans, &xt)
-                    }
-                }
+                let pair = if phase.complementary { 2 } else { 1 };
+                let sequence = data.sequence(first + i / pair);
+                self.example(sequence, i as u32)
             })
             .collect()
     }
 
-    fn corruption(&self) -> Corruption {
-        let Phase { corruption_warmup, u_init, block_length, .. } = *self.phase;
-        Corruption {
-            block_length,
-            mask_id: self.mask_id,
-            schedule: Schedule::at(self.phase_step, corruption_warmup, u_init),
-            stratified: true,
+    /// The example of sequence `i` of the step.
+    pub fn example(&self, sequence: Sequence, i: u32) -> Example {
+        let Sequence { tokens, learnt, spans } = sequence;
+        let (phase, step) = (self.place.phase, self.place.phase_step);
+        if !phase.objective.is_diffusion() {
+            return Example::autoregressive(&tokens, &learnt, spans);
+        }
+        let schedule = Schedule::at(step, phase.corruption_warmup, phase.u_init, phase.clip);
+        let (xt, warm) = self.corrupted(&tokens, &learnt, i, schedule);
+        let xt = if phase.complementary && i % 2 == 1 && !warm {
+            // The same noise as its pair's, turned round. Not in the warm-up, where nearly all would be masked.
+            let (pair, _) = self.corrupted(&tokens, &learnt, i - 1, schedule);
+            self.corruption(tokens.len(), schedule).complement(&tokens, &learnt, &pair)
+        } else {
+            xt
+        };
+        match phase.objective {
+            Objective::BlockDiffusion => Example::two_copy(&tokens, &learnt, spans, &xt),
+            _ => Example::single_copy(&tokens, &learnt, spans, &xt),
         }
     }
 
-    /// The attention mask of this objective.
-    pub fn mask(&self) -> Mask {
-        match self.phase.objective {
-            Objective::Ar => Mask::Causal,
-            Objective::Diffusion => Mask::TwoCopy(self.phase.block_length),
+    /// The example by which a model is measured: of the unclipped schedule, whose weighted loss bounds the likelihood.
+    pub fn measured(&self, sequence: Sequence, i: u32) -> Example {
+        let Sequence { tokens, learnt, spans } = sequence;
+        let objective = self.place.phase.objective;
+        if !objective.is_diffusion() {
+            return Example::autoregressive(&tokens, &learnt, spans);
         }
+        let (xt, _) = self.corrupted(&tokens, &learnt, i, Schedule::Unclipped);
+        match objective {
+            Objective::BlockDiffusion => Example::two_copy(&tokens, &learnt, spans, &xt),
+            _ => Example::single_copy(&tokens, &learnt, spans, &xt),
+        }
+    }
+
+    fn corrupted(
+        &self,
+        tokens: &[u32],
+        learnt: &[bool],
+        i: u32,
+        schedule: Schedule,
+    ) -> (Corrupted, bool) {
+        let key = NoiseKey { seed: self.seed, step: self.step as u32, sequence: i };
+        let xt = self.corruption(tokens.len(), schedule).corrupt(tokens, learnt, key);
+        (xt, matches!(schedule, Schedule::Warmup { .. }))
+    }
+
+    fn corruption(&self, length: usize, schedule: Schedule) -> Corruption {
+        let Place { phase, phase_step, .. } = self.place;
+        let blocks = phase.objective == Objective::BlockDiffusion;
+        Corruption {
+            block_length: if blocks { phase.block_length.at(phase_step) } else { length },
+            mask_id: self.mask_id,
+            schedule,
+            strata: match (phase.stratified, blocks) {
+                (false, _) => Strata::Independent,
+                (true, true) => Strata::Blocks,
+                (true, false) => Strata::Sequences(self.batch as u32),
+            },
+        }
+    }
+
+    /// The attention mask of this step.
+    pub fn mask(&self) -> Mask {
+        self.place.phase.mask(self.place.phase_step)
     }
 }
 

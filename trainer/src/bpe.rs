@@ -5,12 +5,19 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
+use demask_engine::model::CHATML;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, PreTokenizerWrapper, Tokenizer};
+
+use crate::data::filter::Report;
+use crate::data::fnv1a;
+use crate::data::read::{LOT, parts};
+use crate::data::recipe::CorpusRecipe;
+use crate::data::shards::write_atomically;
 
 /// The special tokens of a trained tokenizer; a token's id is its index here.
 pub const SPECIAL_TOKENS: [&str; 7] = [
@@ -29,6 +36,61 @@ pub const MASK_ID: u32 = 1;
 
 /// Special tokens and one token per byte: what a vocabulary holds before the first merge.
 const SMALLEST_VOCABULARY: usize = SPECIAL_TOKENS.len() + 256;
+
+/// Text that a tokenizer is trained on by default, in bytes.
+pub const MOST_BYTES: u64 = 64 << 20;
+
+/// Trains on the documents of a corpus recipe and writes `tokenizer.json` and `tokenizer_config.json` into `folder`.
+/// Returns the size of the vocabulary: `vocab_size`, or less if the text repeats too few pairs. Of `most_bytes` each
+/// source gets an equal share, so that a scarce language is not merged away by a common one. The same files give the
+/// same tokenizer.
+pub fn train(
+    recipe: &CorpusRecipe,
+    vocab_size: usize,
+    most_bytes: u64,
+    folder: &Path,
+) -> Result<usize> {
+    let parts = parts(recipe, &mut vec![Report::default(); recipe.source.len()], LOT)?;
+    let mut texts: Vec<String> = Vec::new();
+    for (i, source) in recipe.source.iter().enumerate() {
+        let mut room = most_bytes / recipe.source.len() as u64;
+        // Documents in the order of their names' hash, so that a part of a source is like the whole.
+        let mut mine = Vec::new();
+        for part in parts.iter().filter(|p| p.source == i) {
+            part.read(source, &mut |found| {
+                if let Ok(document) = found {
+                    let hash = fnv1a(document.name.bytes());
+                    let texts = document.content.into_texts();
+                    let fine = |t: &String| recipe.filter.refuses(t).is_none();
+                    mine.extend(texts.into_iter().filter(fine).map(|t| (hash, t)));
+                }
+                Ok(())
+            })?;
+        }
+        mine.sort();
+        for (_, text) in mine {
+            if text.len() as u64 <= room {
+                room -= text.len() as u64;
+                texts.push(text);
+            }
+        }
+    }
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let texts = texts.iter().map(String::as_str);
+    let size = train_bpe(texts, vocab_size, &folder.join("tokenizer.json"))?;
+    // Last: a folder with it is complete.
+    let settings = serde_json::json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": false,
+        "eos_token": SPECIAL_TOKENS[EOS_ID as usize],
+        "pad_token": SPECIAL_TOKENS[EOS_ID as usize],
+        "mask_token": SPECIAL_TOKENS[MASK_ID as usize],
+        "chat_template": CHATML,
+    });
+    let settings = format!("{settings:#}\n");
+    write_atomically(&folder.join("tokenizer_config.json"), settings.as_bytes())?;
+    Ok(size)
+}
 
 /// Trains on `texts`, writes `tokenizer.json` to `path` and returns the size of the vocabulary:
 /// `vocab_size`, or less if the texts repeat too few pairs. The same texts give the same file.
@@ -63,9 +125,7 @@ pub fn train_bpe<'a>(
     let json = tokenizer
         .to_string(true)
         .map_err(|e| anyhow!("serialising the tokenizer for {}: {e}", path.display()))?;
-    std::fs::write(path, json).with_context(|| {
-        format!("cannot write {}; does its folder exist and take files?", path.display())
-    })?;
+    write_atomically(path, json.as_bytes())?;
     Ok(tokenizer.get_vocab_size(true))
 }
 

@@ -2,35 +2,49 @@
 //! that a kill at any moment leaves the previous one intact.
 //!
 //!   checkpoints/step-00000100/{config.json, model.safetensors, tokenizer.json, optimizer.safetensors, trainer.json}
+//!   checkpoints/best/{config.json, model.safetensors, tokenizer.json}
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Precision, StoredType, Tokenizer};
+use demask_engine::model::{Llama, Precision, StoredType, Tokenizer, Weights};
 use demask_engine::tensor::Tensor;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::guard::History;
 use crate::optim::OptimizerState;
 use crate::recipe::Recipe;
 
-/// Checkpoints that are kept: the newest, and the one before it in case the disk lied.
-const KEPT: usize = 2;
-
 /// The host's part of the state. The data cursor and the noise are functions of the step.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
     /// Steps done.
     pub step: u64,
     /// Optimiser updates done.
     pub updates: u64,
-    /// Bytes of the metrics file when this was written; a resumed run continues it from there.
-    pub metrics_bytes: u64,
+    /// Bytes of the run's logs when this was written; a resumed run continues them from there.
+    pub logs: LogBytes,
+    /// Gradient norms, and what was skipped.
+    pub history: History,
+    /// Phase and validation loss of checkpoints/best.
+    pub best: Option<(usize, f64)>,
     /// What was being trained; another recipe is refused on resume.
     pub recipe: Recipe,
+}
+
+/// Bytes of a run's logs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogBytes {
+    /// metrics.jsonl
+    pub metrics: u64,
+    /// validation.jsonl
+    pub validation: u64,
+    /// samples.jsonl
+    pub samples: u64,
 }
 
 /// Writes the state after `state.step` steps under `run`/checkpoints and removes old ones.
@@ -41,39 +55,95 @@ pub fn save(
     tokenizer: &Tokenizer,
     state: &TrainerState,
 ) -> Result<PathBuf> {
-    let folder = run.join("checkpoints");
-    let place = folder.join(format!("step-{:08}", state.step));
-    let fresh = folder.join(".writing");
-    if fresh.exists() {
-        fs::remove_dir_all(&fresh)?;
-    }
-    let write = || -> Result<()> {
-        fs::create_dir_all(&fresh)?;
-        model.save(&fresh, StoredType::F32, Some(tokenizer))?;
+    let name = format!("step-{:08}", state.step);
+    let place = put(run, &name, &|fresh| {
+        model.save(fresh, StoredType::F32, Some(tokenizer))?;
         write_moments(&fresh.join("optimizer.safetensors"), model, optimizer)?;
         let path = fresh.join("trainer.json");
         fs::write(&path, serde_json::to_vec_pretty(state)?)?;
-        File::open(&path)?.sync_all()?;
+        Ok(File::open(&path)?.sync_all()?)
+    })?;
+    let all = list(run)?;
+    for (_, old) in all.iter().rev().skip(state.recipe.checkpoints.keep) {
+        fs::remove_dir_all(old)
+            .with_context(|| format!("cannot remove the old checkpoint {}", old.display()))?;
+    }
+    Ok(place)
+}
+
+/// Writes the model alone as checkpoints/best.
+pub fn save_best(run: &Path, model: &Llama, tokenizer: &Tokenizer) -> Result<PathBuf> {
+    put(run, "best", &|fresh| Ok(model.save(fresh, StoredType::F32, Some(tokenizer))?))
+}
+
+/// Fills a folder beside its place and renames it.
+fn put(run: &Path, name: &str, fill: &dyn Fn(&Path) -> Result<()>) -> Result<PathBuf> {
+    let folder = run.join("checkpoints");
+    let place = folder.join(name);
+    let fresh = folder.join(format!(".writing-{name}"));
+    let write = || -> Result<()> {
+        clear(&folder)?;
+        fs::create_dir_all(&fresh)?;
+        fill(&fresh)?;
         File::open(&fresh)?.sync_all()?;
         if place.exists() {
             fs::remove_dir_all(&place)?;
         }
         fs::rename(&fresh, &place)?;
-        File::open(&folder)?.sync_all()?;
-        Ok(())
+        Ok(File::open(&folder)?.sync_all()?)
     };
     write().with_context(|| {
+        let _ = clear(&folder);
         format!(
             "cannot write the checkpoint {}; the previous one is intact: make room and resume",
             place.display()
         )
     })?;
-    let all = list(run)?;
-    for (_, old) in all.iter().rev().skip(KEPT) {
-        fs::remove_dir_all(old)
-            .with_context(|| format!("cannot remove the old checkpoint {}", old.display()))?;
-    }
     Ok(place)
+}
+
+/// Removes what an interrupted write left: it may fill the disk.
+fn clear(folder: &Path) -> Result<()> {
+    if !folder.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
+        if name.is_some_and(|name| name.starts_with(".writing")) {
+            fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The mean of several models of one shape, weight by weight, in the place of `model`'s weights (arXiv 2512.15745 §7
+/// merges its best checkpoints so).
+pub fn average(model: &Llama, places: &[PathBuf]) -> Result<()> {
+    ensure!(!places.is_empty(), "there is no checkpoint to average");
+    let opened =
+        places.iter().map(|place| Ok(Weights::open(place)?)).collect::<Result<Vec<_>>>()?;
+    for (place, (config, _)) in places.iter().zip(&opened) {
+        let (ours, theirs) = (model.config().parameters(), config.parameters());
+        ensure!(ours == theirs, "{} has another shape; average models of one run", place.display());
+    }
+    for parameter in model.parameters() {
+        let mut first = 0;
+        for shard in &parameter.shards {
+            let rows = first..first + shard.shape()[0];
+            let mut mean: Vec<f64> = Vec::new();
+            for (_, weights) in &opened {
+                let values = weights.rows_f32(&parameter.name, rows.clone())?;
+                mean.resize(values.len(), 0.0);
+                mean.iter_mut().zip(values).for_each(|(m, v)| *m += f64::from(v));
+            }
+            let n = opened.len() as f64;
+            let bytes: Vec<u8> = mean.iter().flat_map(|m| ((m / n) as f32).to_le_bytes()).collect();
+            shard.overwrite(&bytes);
+            first = rows.end;
+        }
+    }
+    Ok(())
 }
 
 /// Complete checkpoints of a run by step, oldest first.
@@ -96,21 +166,24 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Reads a checkpoint back exactly as it was written.
-pub fn load(gpu: &Gpu, place: &Path) -> Result<(Llama, OptimizerState, Tokenizer, TrainerState)> {
+/// The host's part of a checkpoint.
+pub fn state(place: &Path) -> Result<TrainerState> {
     let path = place.join("trainer.json");
     let text = fs::read_to_string(&path).with_context(|| {
         format!("{}: no readable trainer state; is it a checkpoint?", path.display())
     })?;
-    let state: TrainerState =
-        serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{}", path.display()))
+}
+
+/// Reads a checkpoint back exactly as it was written.
+pub fn load(gpu: &Gpu, place: &Path) -> Result<(Llama, OptimizerState, Tokenizer)> {
     let model = Llama::load(gpu, place, Precision::F32)?.trainable();
     let tokenizer = Tokenizer::for_model(place, model.config())?;
     let mut optimizer = OptimizerState::new(&model);
-    optimizer.updates = state.updates;
+    optimizer.updates = state(place)?.updates;
     read_moments(&place.join("optimizer.safetensors"), &model, &optimizer)?;
     gpu.sync()?;
-    Ok((model, optimizer, tokenizer, state))
+    Ok((model, optimizer, tokenizer))
 }
 
 /// Names of a shard's moments.

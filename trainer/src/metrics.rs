@@ -1,6 +1,8 @@
 //! The record of a training step and its file, one JSON object a line.
 
-use std::path::Path;
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -80,6 +82,41 @@ pub struct Sample {
     pub prompt: String,
     /// What it wrote.
     pub text: String,
+}
+
+/// A log of one JSON object a line that is cut back to its length at the checkpoint on resume.
+pub struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// Opens it and cuts off what was written after the checkpoint.
+    pub fn open(path: &Path, bytes: u64) -> Result<Log> {
+        let open = || -> std::io::Result<File> {
+            let mut file =
+                OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+            file.set_len(bytes)?;
+            file.seek(SeekFrom::Start(bytes))?;
+            Ok(file)
+        };
+        let file = open().with_context(|| format!("cannot open {}", path.display()))?;
+        Ok(Log { path: path.to_owned(), file })
+    }
+
+    /// Adds a line.
+    pub fn write(&mut self, record: &impl Serialize) -> Result<()> {
+        let line = serde_json::to_string(record)? + "\n";
+        self.file
+            .write_all(line.as_bytes())
+            .with_context(|| format!("cannot write {}; make room and resume", self.path.display()))
+    }
+
+    /// Its length once it is on the disk.
+    pub fn synced(&mut self) -> Result<u64> {
+        self.file.sync_all().with_context(|| self.path.display().to_string())?;
+        self.file.stream_position().with_context(|| self.path.display().to_string())
+    }
 }
 
 /// JSON has no NaN, and `serde_json` writes it as null.

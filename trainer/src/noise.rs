@@ -25,7 +25,7 @@ pub enum Schedule {
     /// (§3.3). What training uses after the warm-up. The forced mask inflates the expected weight
     /// (4.452 instead of 4 for B = 4), so this loss is not a likelihood bound.
     Clipped,
-    /// u = t ~ U(0,1), weight 1/u, nothing forced: unbiased, for evaluation.
+    /// u = t ~ U(0,1), weight 1/u, nothing forced: unbiased, for evaluation; and for training without the clip.
     Unclipped,
 }
 
@@ -37,10 +37,10 @@ pub fn u_max(step: u64, warmup_steps: u64, u_init: f32) -> Option<f32> {
 }
 
 impl Schedule {
-    /// The training schedule at `step`: warm-up first, clipped noise afterwards.
-    pub fn at(step: u64, warmup_steps: u64, u_init: f32) -> Self {
-        u_max(step, warmup_steps, u_init)
-            .map_or(Schedule::Clipped, |u_max| Schedule::Warmup { u_max })
+    /// The training schedule at `step`: warm-up first, then clipped noise, or unclipped.
+    pub fn at(step: u64, warmup_steps: u64, u_init: f32, clip: bool) -> Self {
+        let after = if clip { Schedule::Clipped } else { Schedule::Unclipped };
+        u_max(step, warmup_steps, u_init).map_or(after, |u_max| Schedule::Warmup { u_max })
     }
 
     /// (mask rate, weight of a masked token) of a block for t ~ U(0,1).
@@ -78,11 +78,21 @@ pub struct Corruption {
     pub mask_id: u32,
     /// The law of the mask rate.
     pub schedule: Schedule,
-    /// Spread the rates of a sequence's n blocks evenly: block i takes t = (π(i) + U_i)/n with a
-    /// uniformly random permutation π and U_i ~ U(0,1). Since π(i) is uniform over the n strata,
-    /// each t is exactly U(0,1) taken alone; only the joint law changes, and with it the variance
-    /// of the sequence's loss.
-    pub stratified: bool,
+    /// How the rates of different blocks depend on each other.
+    pub strata: Strata,
+}
+
+/// How mask rates are spread. Each t is exactly U(0,1) taken alone; only the joint law changes, and with it the
+/// variance of the loss: with n strata the i-th takes t = (π(i) + U_i)/n, π a uniformly random permutation and
+/// U_i ~ U(0,1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strata {
+    /// Each on its own.
+    Independent,
+    /// Evenly over the blocks of a sequence.
+    Blocks,
+    /// Evenly over this many sequences of a step, each with one rate: for blocks as long as the sequence.
+    Sequences(u32),
 }
 
 /// One corrupted sequence of length L.
@@ -96,6 +106,8 @@ pub struct Corrupted {
     pub rates: Vec<f32>,
     /// Blocks that came out unmasked and were given their forced mask.
     pub n_forced: usize,
+    /// B of the rates.
+    pub block_length: usize,
 }
 
 impl Corruption {
@@ -109,6 +121,7 @@ impl Corruption {
             weights: vec![0.0; x0.len()],
             rates: vec![0.0; x0.len().div_ceil(self.block_length)],
             n_forced: 0,
+            block_length: self.block_length,
         };
         // A block of prompt alone takes no stratum: the others would be spread less evenly.
         let active: Vec<usize> = maskable
@@ -116,12 +129,25 @@ impl Corruption {
             .enumerate()
             .filter_map(|(b, flags)| flags.contains(&true).then_some(b))
             .collect();
-        let strata = self.stratified.then(|| permutation(active.len(), key));
+        let strata = match self.strata {
+            Strata::Independent => None,
+            Strata::Blocks => Some(permutation(active.len(), key)),
+            // The same permutation for every sequence of the step; this one takes its place in it.
+            Strata::Sequences(n) => {
+                let all = permutation(n as usize, NoiseKey { sequence: STRATA, ..key });
+                let mine = all[key.sequence as usize % all.len()];
+                Some((0..active.len()).map(|i| (mine + i as u32) % n).collect())
+            }
+        };
+        let n_strata = match self.strata {
+            Strata::Sequences(n) => n as usize,
+            _ => active.len(),
+        };
         for (i, &block) in active.iter().enumerate() {
             let mut stream = key.stream(block as u32);
             let mut t = f64::from(stream.uniform());
             if let Some(strata) = &strata {
-                t = (f64::from(strata[i]) + t) / strata.len() as f64;
+                t = (f64::from(strata[i]) + t) / n_strata as f64;
             }
             let (rate, weight) = self.schedule.rate_and_weight(t as f32, self.block_length);
             out.rates[block] = rate;
@@ -138,6 +164,24 @@ impl Corruption {
                 out.tokens[position] = self.mask_id;
                 out.weights[position] = weight;
             }
+        }
+        out
+    }
+
+    /// The same sequence with what was visible masked, and the other way round: x_t of the complementary rates 1 − u.
+    /// Blocks that were masked whole have nothing to learn here.
+    pub fn complement(&self, x0: &[u32], maskable: &[bool], of: &Corrupted) -> Corrupted {
+        let mut out = Corrupted {
+            tokens: x0.to_vec(),
+            weights: vec![0.0; x0.len()],
+            rates: of.rates.iter().map(|&u| if u > 0.0 { 1.0 - u } else { 0.0 }).collect(),
+            n_forced: 0,
+            block_length: self.block_length,
+        };
+        for i in (0..x0.len()).filter(|&i| maskable[i] && of.weights[i] == 0.0) {
+            let rate = out.rates[i / self.block_length];
+            out.tokens[i] = self.mask_id;
+            out.weights[i] = self.schedule.rate_and_weight(rate, self.block_length).1;
         }
         out
     }
@@ -175,6 +219,8 @@ pub struct Example {
     pub targets: Vec<u32>,
     /// Weight of each supervised row's cross-entropy \[M].
     pub weights: Vec<f32>,
+    /// Mask rate of each supervised row's block \[M]; empty for autoregressive training.
+    pub rates: Vec<f32>,
     /// What the weighted sum is divided by: the tokens that could have been supervised, masked or
     /// not. The paper's curves only fit this normaliser (loss ≈ u_max/2 · CE in the warm-up).
     pub divisor: f32,
@@ -191,15 +237,33 @@ impl Example {
         spans: Vec<[u32; 2]>,
         xt: &Corrupted,
     ) -> Example {
-        assert_eq!(x0.len(), xt.tokens.len(), "two_copy: x_0 and x_t differ in length");
-        assert_eq!(x0.len(), spans.len(), "two_copy: one span per token of x_0");
-        assert_eq!(x0.len(), maskable.len(), "two_copy: one maskable flag per token of x_0");
-        let masked: Vec<usize> = (0..x0.len()).filter(|&i| xt.weights[i] > 0.0).collect();
+        let alone = Self::single_copy(x0, maskable, spans, xt);
         let positions = 0..x0.len() as u32;
         Example {
             tokens: [&xt.tokens, x0].concat(),
             positions: positions.clone().chain(positions).collect(),
+            ..alone
+        }
+    }
+
+    /// x_t alone \[L], for attention over the whole sequence or over what came before: supervised like
+    /// [`Example::two_copy`].
+    #[track_caller]
+    pub fn single_copy(
+        x0: &[u32],
+        maskable: &[bool],
+        spans: Vec<[u32; 2]>,
+        xt: &Corrupted,
+    ) -> Example {
+        assert_eq!(x0.len(), xt.tokens.len(), "x_0 and x_t differ in length");
+        assert_eq!(x0.len(), spans.len(), "one span per token of x_0");
+        assert_eq!(x0.len(), maskable.len(), "one maskable flag per token of x_0");
+        let masked: Vec<usize> = (0..x0.len()).filter(|&i| xt.weights[i] > 0.0).collect();
+        Example {
+            tokens: xt.tokens.clone(),
+            positions: (0..x0.len() as u32).collect(),
             spans,
+            rates: masked.iter().map(|&i| xt.rates[i / xt.block_length]).collect(),
             supervised: masked.iter().map(|&i| i as u32).collect(),
             targets: masked.iter().map(|&i| x0[i]).collect(),
             weights: masked.iter().map(|&i| xt.weights[i]).collect(),
@@ -221,6 +285,7 @@ impl Example {
             positions: (0..x0.len() as u32).collect(),
             targets: supervised.iter().map(|&i| x0[i as usize + 1]).collect(),
             weights: vec![1.0; supervised.len()],
+            rates: Vec::new(),
             divisor: supervised.len() as f32,
             supervised,
             spans,

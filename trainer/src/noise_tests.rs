@@ -5,7 +5,7 @@ use super::*;
 const MASK: u32 = 1;
 
 fn corruption(block_length: usize, schedule: Schedule) -> Corruption {
-    Corruption { block_length, mask_id: MASK, schedule, stratified: false }
+    Corruption { block_length, mask_id: MASK, schedule, strata: Strata::Independent }
 }
 
 fn key(step: u32, sequence: u32) -> NoiseKey {
@@ -83,7 +83,7 @@ fn kolmogorov_smirnov(mut samples: Vec<f32>) -> f64 {
 #[test]
 fn strata_are_filled_once_and_leave_the_marginal_law_uniform() {
     let n_blocks = 7;
-    let corruption = Corruption { stratified: true, ..corruption(4, Schedule::Unclipped) };
+    let corruption = Corruption { strata: Strata::Blocks, ..corruption(4, Schedule::Unclipped) };
     let rates: Vec<Vec<f32>> = (0..20_000)
         .map(|step| corruption.corrupt(&[9; 28], &[true; 28], key(step, 3)).rates)
         .collect();
@@ -101,7 +101,7 @@ fn strata_are_filled_once_and_leave_the_marginal_law_uniform() {
 
 #[test]
 fn a_sequence_is_corrupted_alike_alone_and_in_a_batch() {
-    let corruption = Corruption { stratified: true, ..corruption(4, Schedule::Clipped) };
+    let corruption = Corruption { strata: Strata::Blocks, ..corruption(4, Schedule::Clipped) };
     let x0: Vec<u32> = (10..74).collect();
     let draw = |sequence| corruption.corrupt(&x0, &[true; 64], key(2, sequence));
     let alone = draw(5);
@@ -128,7 +128,7 @@ fn warmup_ends_at_its_last_step() {
     assert_eq!(u_max(500, 1000, 0.0), Some(0.5));
     assert!(u_max(999, 1000, 1e-3).is_some_and(|u| u < 1.0 && u > 0.998));
     assert_eq!(u_max(1000, 1000, 1e-3), None);
-    assert_eq!(Schedule::at(0, 0, 1e-3), Schedule::Clipped);
+    assert_eq!(Schedule::at(0, 0, 1e-3, true), Schedule::Clipped);
 }
 
 #[test]

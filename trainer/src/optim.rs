@@ -3,7 +3,7 @@
 use anyhow::Result;
 use demask_engine::autograd::Gradients;
 use demask_engine::model::{Llama, Parameter};
-use demask_engine::ops::{AdamW, adamw_step, grad_norm};
+use demask_engine::ops::{AdamW, adamw_step, grad_norm_within};
 use demask_engine::tensor::{DType, Tensor};
 
 use crate::recipe::Optimizer;
@@ -37,14 +37,15 @@ impl OptimizerState {
     }
 
     /// One update in place. Returns f32 [2] on the device: the gradient's norm before clipping and the factor
-    /// it was scaled by (0 if the norm is not finite, and then nothing moved). Without any gradient (early in the
-    /// warm-up a step may mask nothing) nothing moves and the norm is 0.
+    /// it was scaled by (0 if the norm is not finite or above `limit`, and then nothing moved). Without any
+    /// gradient (early in the warm-up a step may mask nothing) nothing moves and the norm is 0.
     pub fn step(
         &mut self,
         model: &Llama,
         gradients: &Gradients,
         settings: &Optimizer,
         lr: f32,
+        limit: f32,
     ) -> Result<Tensor> {
         let parameters = model.parameters();
         let all: Vec<&Tensor> = parameters
@@ -56,7 +57,7 @@ impl OptimizerState {
             return Ok(Tensor::from_f32(model.gpu(), &[0.0, 1.0], [2]));
         }
         self.updates += 1;
-        let norm_and_scale = grad_norm(&all, 1.0, settings.clip);
+        let norm_and_scale = grad_norm_within(&all, 1.0, settings.clip, limit);
         for (parameter, moments) in parameters.iter().zip(&self.moments) {
             let options = AdamW {
                 lr: f64::from(lr),

@@ -1,48 +1,25 @@
-//! Documents as training sequences: tokenising, packing into sequences of one length, and the
-//! order in which they are visited (arXiv 2601.15892 §4.1). The order is a pure function of the
-//! sequence's global index, so the state of a data loader is one integer.
+//! A dataset as training sequences: packing into sequences of one length, and the order in which they are visited
+//! (arXiv 2601.15892 §4.1). Nothing is copied: a sequence is put together from the mapped shards when it is asked for.
+//! The order is a pure function of the sequence's global index, so the state of a data loader is one integer.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, ensure};
 use demask_engine::philox::Philox;
 use serde::{Deserialize, Serialize};
 
-use crate::data::Document;
+use crate::data::sample::GIVEN;
+use crate::data::shards::{Dataset, Mapped, Shard};
 
 /// Keep these streams apart from each other, and from others drawn under the same user seed.
 const EOS: u64 = u64::from_le_bytes(*b"eos\0\0\0\0\0");
 const SHUFFLE: u64 = u64::from_le_bytes(*b"shuffle\0");
+const MIXTURE: u64 = u64::from_le_bytes(*b"mixture\0");
 
-/// Tokenises documents on `n_threads` threads. The result is in the order of the documents, and so
-/// is the choice of the error to report.
-pub fn tokenise(
-    documents: &[&Document],
-    n_threads: usize,
-    encode: &(dyn Fn(&str) -> Result<Vec<u32>> + Sync),
-) -> Result<Vec<Vec<u32>>> {
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut done = Vec::new();
-        loop {
-            // A queue instead of equal shares: the longest files would leave the others waiting.
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(document) = documents.get(i) else { return done };
-            let ids = encode(&document.text);
-            done.push((i, ids.with_context(|| format!("cannot tokenise {}", document.path))));
-        }
-    };
-    let mut encoded: Vec<(usize, Result<Vec<u32>>)> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..n_threads.max(1)).map(|_| scope.spawn(work)).collect();
-        let join = |worker: std::thread::ScopedJoinHandle<_>| match worker.join() {
-            Ok(done) => done,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        workers.into_iter().flat_map(join).collect()
-    });
-    encoded.sort_by_key(|&(i, _)| i);
-    encoded.into_iter().map(|(_, ids)| ids).collect()
-}
+/// Sequences of one round of a weighted mixture: every source gets its share of each round, to this precision.
+const ROUND: u64 = 1 << 16;
+/// Among how many of the next documents one is looked for that fills what is left of a sequence.
+const LOOK_AHEAD: usize = 256;
 
 /// Which tokens of a packed sequence may see each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,100 +51,288 @@ pub struct Packing {
     pub seed: u64,
 }
 
-/// Tokenised documents, end to end, cut into sequences of one length. A document may begin in one
-/// sequence and go on in the next; an incomplete last sequence is left out.
-#[derive(Clone, Debug)]
+/// Which part of a dataset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// What is trained on.
+    Train,
+    /// What is only measured on.
+    HeldOut,
+}
+
+/// A dataset, packed.
 pub struct Packed {
     packing: Packing,
-    /// [n_sequences · L]
-    tokens: Vec<u32>,
-    /// Where documents start in `tokens`, ascending, from 0.
-    starts: Vec<usize>,
+    sources: Vec<Source>,
+    /// Sequences of a round that each source gets; empty where each text is visited once an epoch.
+    shares: Vec<u64>,
+}
+
+/// One source, its documents end to end. A document of text may begin in one sequence and go on in the next, and an
+/// incomplete last sequence is left out; conversations stay whole.
+struct Source {
+    name: String,
+    shards: Vec<Mapped>,
+    /// In the order in which they are laid out.
+    documents: Vec<Document>,
+    n_sequences: u64,
+    /// Documents that are longer than a sequence and cannot be cut.
+    too_long: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Document {
+    shard: u32,
+    /// Ids.
+    length: u32,
+    /// In the shard.
+    first: u64,
+    /// In the sequences of the source, end to end.
+    start: u64,
+    /// Where its end tokens stop; what follows up to the next document is filled and not learnt.
+    end: u64,
 }
 
 /// One training sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sequence<'a> {
+pub struct Sequence {
     /// Token ids \[L].
-    pub tokens: &'a [u32],
+    pub tokens: Vec<u32>,
+    /// \[L]: whether a token is learnt, and not a prompt or a filler.
+    pub learnt: Vec<bool>,
     /// \[L]: half-open range of the positions visible from each one; (0, L) under mutual
     /// visibility.
     pub spans: Vec<[u32; 2]>,
 }
 
 impl Packed {
-    /// Packs tokenised documents in their order.
-    #[track_caller]
-    pub fn new(documents: &[Vec<u32>], packing: Packing) -> Result<Packed> {
-        assert!(packing.length > 0, "pack: sequences of length 0");
-        let alignment = match packing.visibility {
-            Visibility::Mutual => 1,
-            Visibility::Confined { alignment } => alignment,
-        };
-        assert!(
-            alignment > 0 && packing.length.is_multiple_of(alignment),
-            "pack: length {} is no multiple of the alignment {alignment}",
+    /// Packs the documents of a part of a dataset in their order. `weights` replace those of the dataset: the share of
+    /// the sequences that each source gets.
+    pub fn new(
+        dataset: &Dataset,
+        part: Part,
+        weights: &BTreeMap<String, f64>,
+        packing: Packing,
+    ) -> Result<Packed> {
+        let mut sources = Vec::new();
+        let mut wanted = Vec::new();
+        for manifest in &dataset.manifest.sources {
+            let shards = match part {
+                Part::Train => &manifest.train,
+                Part::HeldOut => &manifest.held_out,
+            };
+            let source = Source::new(dataset, &manifest.name, shards, manifest.whole, &packing)?;
+            if source.n_sequences > 0 {
+                wanted.push(weights.get(&manifest.name).copied().or(manifest.weight));
+                sources.push(source);
+            }
+        }
+        let known = |name: &str| dataset.manifest.sources.iter().any(|s| s.name == name);
+        if let Some(name) = weights.keys().find(|name| !known(name)) {
+            let all: Vec<&str> = dataset.manifest.sources.iter().map(|s| &*s.name).collect();
+            anyhow::bail!("data.weights: there is no source {name:?} in {}", all.join(", "));
+        }
+        ensure!(
+            !sources.is_empty(),
+            "the documents fill no sequence of {} tokens; add documents or shorten the sequences",
             packing.length
         );
-        let mut tokens: Vec<u32> = Vec::new();
-        let mut starts = Vec::new();
-        for (i, document) in documents.iter().enumerate() {
-            starts.push(tokens.len());
-            tokens.extend(document);
-            let n_eos = 1 + Philox::new(packing.seed ^ EOS, [i as u32, 0, 0]).below(4) as usize;
-            tokens.resize((tokens.len() + n_eos).next_multiple_of(alignment), packing.eos);
-        }
-        let whole = tokens.len() - tokens.len() % packing.length;
-        if whole == 0 {
-            bail!(
-                "{} documents make {} tokens, which fill no sequence of {}; add documents or \
-                 shorten the sequences",
-                documents.len(),
-                tokens.len(),
-                packing.length
-            );
-        }
-        tokens.truncate(whole);
-        Ok(Packed { packing, tokens, starts })
+        // Held-out text is measured as it is.
+        let shares = match part {
+            Part::Train => shares(&wanted, &sources)?,
+            Part::HeldOut => Vec::new(),
+        };
+        Ok(Packed { packing, sources, shares })
     }
 
-    /// Sequences in one epoch.
+    /// Sequences in one epoch: each text once, whatever the mixture.
     pub fn n_sequences(&self) -> u64 {
-        (self.tokens.len() / self.packing.length) as u64
+        self.sources.iter().map(|s| s.n_sequences).sum()
     }
 
-    /// The `index`-th sequence of a run, any number of epochs long: each epoch visits every
-    /// sequence once, in an order of its own.
-    pub fn sequence(&self, index: u64) -> Sequence<'_> {
-        let n = self.n_sequences();
-        self.in_order(shuffled(index % n, n, self.packing.seed, (index / n) as u32))
+    /// Name of each source with the sequences of its epoch, and its documents that are longer than a sequence and are
+    /// left out because they cannot be cut.
+    pub fn sources(&self) -> impl Iterator<Item = (&str, u64, u64)> {
+        self.sources.iter().map(|s| (&*s.name, s.n_sequences, s.too_long))
+    }
+
+    /// The `index`-th sequence of a run, any number of epochs long. Without weights each epoch visits every sequence
+    /// once, in an order of its own; with weights each source goes through epochs of its own.
+    pub fn sequence(&self, index: u64) -> Sequence {
+        let seed = self.packing.seed;
+        if self.shares.is_empty() {
+            let n = self.n_sequences();
+            return self.in_order(shuffled(index % n, n, seed ^ SHUFFLE, (index / n) as u32));
+        }
+        let (round, slot) = (index / ROUND, index % ROUND);
+        let mut rank = shuffled(slot, ROUND, seed ^ MIXTURE, round as u32);
+        for (i, (source, &share)) in self.sources.iter().zip(&self.shares).enumerate() {
+            if rank < share {
+                let visit = round * share + rank;
+                let n = source.n_sequences;
+                let seed = seed ^ SHUFFLE ^ ((i as u64) << 32);
+                let place = shuffled(visit % n, n, seed, (visit / n) as u32);
+                return source.sequence(place, &self.packing);
+            }
+            rank -= share;
+        }
+        unreachable!("shares add up to a round")
     }
 
     /// Sequence `place` < `n_sequences` in the order of the documents, for evaluation.
     #[track_caller]
-    pub fn in_order(&self, place: u64) -> Sequence<'_> {
-        assert!(place < self.n_sequences(), "pack: sequence {place} of {}", self.n_sequences());
-        let length = self.packing.length;
-        let base = place as usize * length;
-        let spans = match self.packing.visibility {
-            Visibility::Mutual => vec![[0, length as u32]; length],
-            Visibility::Confined { .. } => self.document_spans(base),
-        };
-        Sequence { tokens: &self.tokens[base..base + length], spans }
+    pub fn in_order(&self, mut place: u64) -> Sequence {
+        for source in &self.sources {
+            if place < source.n_sequences {
+                return source.sequence(place, &self.packing);
+            }
+            place -= source.n_sequences;
+        }
+        panic!("pack: {place} sequences past the last of {}", self.n_sequences())
     }
 
-    /// The documents of the sequence that starts at `base`, clipped to it, one span per position.
-    fn document_spans(&self, base: usize) -> Vec<[u32; 2]> {
-        let length = self.packing.length;
-        let mut spans = Vec::with_capacity(length);
-        let mut next = self.starts.partition_point(|&start| start <= base);
-        while spans.len() < length {
-            let end = self.starts.get(next).map_or(length, |start| length.min(start - base));
-            spans.resize(end, [spans.len() as u32, end as u32]);
-            next += 1;
-        }
-        spans
+    /// Sequences of one source in the order of its documents.
+    pub fn of_source(&self, source: usize) -> impl Iterator<Item = Sequence> {
+        let source = &self.sources[source];
+        (0..source.n_sequences).map(|place| source.sequence(place, &self.packing))
     }
+}
+
+/// Slots of a round for each source, in proportion to the weights and at least one each; none where nothing is
+/// weighted.
+fn shares(wanted: &[Option<f64>], sources: &[Source]) -> Result<Vec<u64>> {
+    if wanted.iter().all(Option::is_none) {
+        return Ok(Vec::new());
+    }
+    for (weight, source) in wanted.iter().zip(sources) {
+        let name = &source.name;
+        let Some(weight) = weight else {
+            anyhow::bail!("data.weights: source {name} has no weight, and others have one")
+        };
+        ensure!(weight.is_finite() && *weight > 0.0, "data.weights: {name} must be positive");
+    }
+    let total: f64 = wanted.iter().flatten().sum();
+    let exact = |w: f64| w / total * ROUND as f64;
+    let mut shares: Vec<u64> = wanted.iter().flatten().map(|&w| (exact(w) as u64).max(1)).collect();
+    let largest = (0..shares.len()).max_by_key(|&i| shares[i]).unwrap_or(0);
+    let sum: u64 = shares.iter().sum();
+    shares[largest] = shares[largest] + ROUND - sum;
+    Ok(shares)
+}
+
+impl Source {
+    fn new(
+        dataset: &Dataset,
+        name: &str,
+        shards: &[Shard],
+        whole: bool,
+        packing: &Packing,
+    ) -> Result<Source> {
+        let mut documents = Vec::new();
+        let mut mapped = Vec::new();
+        for (i, shard) in shards.iter().enumerate() {
+            let map = dataset.map(shard)?;
+            let mut first = 0;
+            for &end in map.ends() {
+                let length = u32::try_from(end.saturating_sub(first))?;
+                documents.push(Document { shard: i as u32, length, first, start: 0, end: 0 });
+                first = end;
+            }
+            ensure!(
+                first <= map.tokens().len() as u64,
+                "{}: documents end behind the last token; build the dataset again",
+                shard.name
+            );
+            mapped.push(map);
+        }
+        let before = documents.len() as u64;
+        let end = lay_out(&mut documents, whole, packing);
+        let length = packing.length as u64;
+        Ok(Source {
+            name: name.to_owned(),
+            shards: mapped,
+            too_long: before - documents.len() as u64,
+            documents,
+            // Conversations fill their last sequence up; text leaves an incomplete one out.
+            n_sequences: if whole { end.div_ceil(length) } else { end / length },
+        })
+    }
+
+    /// Puts sequence `place` together.
+    fn sequence(&self, place: u64, packing: &Packing) -> Sequence {
+        let (length, eos) = (packing.length as u64, packing.eos);
+        let (base, limit) = (place * length, (place + 1) * length);
+        let mut out = Sequence { tokens: Vec::new(), learnt: Vec::new(), spans: Vec::new() };
+        let mut at = self.documents.partition_point(|d| d.start <= base).saturating_sub(1);
+        let mut position = base;
+        while position < limit {
+            let document = self.documents.get(at);
+            let next = self.documents.get(at + 1).map_or(limit, |d| d.start.min(limit));
+            let text_end = document.map_or(position, |d| d.start + u64::from(d.length)).min(limit);
+            let learnt_end = document.map_or(position, |d| d.end).min(limit);
+            if let Some(d) = document.filter(|_| position < text_end) {
+                let from = (d.first + position - d.start) as usize;
+                let ids = &self.shards[d.shard as usize].tokens()
+                    [from..from + (text_end - position) as usize];
+                out.tokens.extend(ids.iter().map(|id| id & !GIVEN));
+                out.learnt.extend(ids.iter().map(|id| id & GIVEN == 0));
+            }
+            out.tokens.resize((next - base) as usize, eos);
+            out.learnt.resize((learnt_end.max(position) - base) as usize, true);
+            out.learnt.resize((next - base) as usize, false);
+            let relative = |p: u64| (p.max(base) - base) as u32;
+            // What fills up is a document of its own.
+            for [start, end] in [[position, learnt_end], [learnt_end.max(position), next]] {
+                let span = [relative(start), relative(end)];
+                out.spans.resize((end.max(start) - base) as usize, span);
+            }
+            position = next;
+            at += 1;
+        }
+        if packing.visibility == Visibility::Mutual {
+            out.spans.fill([0, length as u32]);
+        }
+        out
+    }
+}
+
+/// Gives each document its place, and returns where the last one ends. Documents that are kept whole change their order
+/// (the longest of the next ones that fits goes first) and are left out if none fits into a sequence.
+fn lay_out(documents: &mut Vec<Document>, whole: bool, packing: &Packing) -> u64 {
+    let alignment = match packing.visibility {
+        Visibility::Mutual => 1,
+        Visibility::Confined { alignment } => alignment as u64,
+    };
+    let length = packing.length as u64;
+    let n_eos = |d: &Document| {
+        let coordinates = [d.shard, d.first as u32, (d.first >> 32) as u32];
+        1 + u64::from(Philox::new(packing.seed ^ EOS, coordinates).below(4))
+    };
+    let end = |d: &Document| (d.start + u64::from(d.length) + n_eos(d)).next_multiple_of(alignment);
+    let mut position = 0;
+    if !whole {
+        for d in documents.iter_mut() {
+            d.start = position;
+            d.end = end(d);
+            position = d.end;
+        }
+        return position;
+    }
+    let size = |d: &Document| end(&Document { start: 0, ..*d });
+    documents.retain(|d| size(d) <= length);
+    for i in 0..documents.len() {
+        let room = length - position % length;
+        let last = documents.len().min(i + LOOK_AHEAD);
+        let fits = (i..last).filter(|&j| size(&documents[j]) <= room);
+        match fits.max_by_key(|&j| (size(&documents[j]), std::cmp::Reverse(j))) {
+            Some(j) => documents[i..=j].rotate_right(1),
+            None => position = position.next_multiple_of(length),
+        }
+        documents[i].start = position;
+        documents[i].end = end(&documents[i]);
+        position = documents[i].end;
+    }
+    position
 }
 
 /// Where a seeded permutation of 0..n sends `place`: a Feistel network over the next power of four,
@@ -181,7 +346,7 @@ fn shuffled(place: u64, n: u64, seed: u64, epoch: u32) -> u64 {
         let (mut left, mut right) = (x >> half, x & mask);
         for round in 0..6 {
             let coordinates = [epoch, round, right as u32];
-            let noise = u64::from(Philox::new(seed ^ SHUFFLE, coordinates).next_u32());
+            let noise = u64::from(Philox::new(seed, coordinates).next_u32());
             (left, right) = (right, left ^ (noise & mask));
         }
         x = left << half | right;
@@ -192,93 +357,5 @@ fn shuffled(place: u64, n: u64, seed: u64, epoch: u32) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const EOS_ID: u32 = 0;
-
-    /// Documents of 1, 2, … n tokens; document i consists of the token i + 10.
-    fn documents(n: u32) -> Vec<Vec<u32>> {
-        (0..n).map(|i| vec![i + 10; i as usize + 1]).collect()
-    }
-
-    fn packed(n: u32, length: usize, visibility: Visibility) -> Packed {
-        Packed::new(&documents(n), Packing { length, eos: EOS_ID, visibility, seed: 3 }).unwrap()
-    }
-
-    #[test]
-    fn one_to_four_ends_follow_each_document() {
-        let packed = packed(400, 7, Visibility::Mutual);
-        let mut seen = [0; 5];
-        for run in packed.tokens.chunk_by(|a, b| (*a == EOS_ID) == (*b == EOS_ID)) {
-            if run[0] == EOS_ID && run.as_ptr_range().end != packed.tokens.as_ptr_range().end {
-                seen[run.len()] += 1;
-            }
-        }
-        assert_eq!(seen[0], 0);
-        assert!(seen[1..].iter().all(|&n| (70..130).contains(&n)), "{seen:?}");
-        assert_eq!(packed.in_order(0).spans, [[0, 7]; 7]);
-    }
-
-    #[test]
-    fn confined_documents_start_on_a_block_and_see_only_themselves() {
-        let packed = packed(50, 16, Visibility::Confined { alignment: 4 });
-        let mut documents_seen = 0;
-        for place in 0..packed.n_sequences() {
-            let Sequence { tokens, spans } = packed.in_order(place);
-            for (i, &[start, end]) in spans.iter().enumerate() {
-                assert!((start..end).contains(&(i as u32)) && start % 4 == 0 && end % 4 == 0);
-                let document = &tokens[start as usize..end as usize];
-                let text: Vec<u32> = document.iter().copied().filter(|&t| t != EOS_ID).collect();
-                assert!(text.iter().all(|t| *t == text[0]), "two documents in one span");
-                documents_seen += u32::from(i as u32 == start && !text.is_empty());
-            }
-        }
-        assert!(documents_seen >= 49);
-        let first = packed.in_order(0);
-        assert_eq!(first.tokens[0], 10, "the first document is one token and its ends");
-        assert!(first.tokens[1..first.spans[0][1] as usize].iter().all(|&t| t == EOS_ID));
-    }
-
-    #[test]
-    fn an_epoch_visits_every_sequence_once_in_its_own_order() {
-        let packed = packed(60, 5, Visibility::Mutual);
-        let n = packed.n_sequences();
-        let places = |epoch| (0..n).map(move |i| shuffled(i, n, 3, epoch)).collect::<Vec<_>>();
-        let mut sorted = places(0);
-        sorted.sort_unstable();
-        assert_eq!(sorted, (0..n).collect::<Vec<_>>());
-        assert_ne!(places(0), places(1));
-        assert_eq!(packed.sequence(n + 4), packed.in_order(places(1)[4]));
-    }
-
-    /// Each place comes first in about a tenth of the epochs: χ² with 9 degrees of freedom exceeds
-    /// 27.9 for one seed in a thousand.
-    #[test]
-    fn the_order_is_uniform_even_for_few_sequences() {
-        let mut first = [0_u32; 10];
-        (0..10_000).for_each(|epoch| first[shuffled(0, 10, 5, epoch) as usize] += 1);
-        let chi2: f64 = first.iter().map(|&n| (f64::from(n) - 1000.0).powi(2) / 1000.0).sum();
-        assert!(chi2 < 27.9, "{first:?}");
-        assert_eq!(shuffled(0, 1, 5, 0), 0);
-    }
-
-    #[test]
-    fn too_few_tokens_are_an_error_with_a_remedy() {
-        let packing = Packing { length: 64, eos: 0, visibility: Visibility::Mutual, seed: 0 };
-        let error = Packed::new(&documents(3), packing).unwrap_err().to_string();
-        assert!(error.contains("shorten the sequences"), "{error}");
-    }
-
-    #[test]
-    fn tokenising_keeps_the_order_and_names_the_first_failure() {
-        let document = |i: usize| Document { path: format!("{i:03}.py"), text: "x".repeat(i) };
-        let documents: Vec<Document> = (0..100).map(document).collect();
-        let documents: Vec<&Document> = documents.iter().collect();
-        let lengths = tokenise(&documents, 3, &|text| Ok(vec![text.len() as u32])).unwrap();
-        assert!(lengths.iter().enumerate().all(|(i, ids)| *ids == [i as u32]));
-        let picky = |text: &str| if text.len() > 40 { bail!("too long") } else { Ok(vec![]) };
-        let error = format!("{:#}", tokenise(&documents, 3, &picky).unwrap_err());
-        assert_eq!(error, "cannot tokenise 041.py: too long");
-    }
-}
+#[path = "pack_tests.rs"]
+mod tests;

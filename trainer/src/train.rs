@@ -1,46 +1,57 @@
 //! The training loop: read this first. A run is a folder; it is resumed from its newest checkpoint and is, after a
 //! kill, bit for bit the run it would have been.
 //!
-//!   run/{recipe.toml, corpus.json, metrics.jsonl, curve.svg, checkpoints/step-N/, model/}
+//!   run/{recipe.toml, metrics.jsonl, validation.jsonl, samples.jsonl, curve.svg, checkpoints/, skipped/, model/}
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
+use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
-use demask_engine::autograd::{Gradients, backward, without_recording};
+use anyhow::{Context, Result, bail};
+use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, LlamaConfig, Precision, StoredType, Tokenizer};
+use demask_engine::model::{Llama, StoredType, Tokenizer};
 use demask_engine::tensor::Tensor;
+use serde_json::json;
 
 use crate::batch::{self, StepPlan};
-use crate::checkpoint::{self, TrainerState};
-use crate::data::{Corpus, Document, Report};
-use crate::metrics::{Metrics, read_metrics};
+use crate::checkpoint::{self, LogBytes, TrainerState};
+use crate::data::build::Progress;
+use crate::data::shards::{Dataset, write_atomically};
+use crate::guard::{History, Verdict};
+use crate::metrics::{Log, Metrics, Sample, Validation, read_metrics};
+use crate::noise::{Example, u_max};
 use crate::optim::OptimizerState;
-use crate::pack::{Packed, Packing, Visibility, tokenise};
-use crate::recipe::{Fresh, Objective, Recipe};
-use crate::{bpe, curve};
+use crate::pack::{Packed, Part};
+use crate::recipe::{Place, Recipe};
+use crate::start::{self, MaskEmbedding};
+use crate::validate::{samples, validate};
+use crate::{curve, flops};
+
+/// Buckets of the mask rate in the metrics.
+const RATE_BUCKETS: usize = 8;
 
 /// What a caller hears of a run.
 pub enum Event<'a> {
-    /// The text was read.
-    Corpus(&'a Report),
-    /// The tokenizer was trained on it: tokens of its vocabulary.
-    Tokenizer(usize),
-    /// Text became training sequences: sequences of one epoch, and tokens.
-    Packed {
-        /// Sequences of one epoch.
-        sequences: u64,
-        /// Tokens of one epoch.
-        tokens: u64,
-    },
+    /// The recipe's paths are made into a dataset.
+    Preparing(Progress),
+    /// The dataset is open.
+    Dataset(&'a Dataset),
+    /// It became training sequences.
+    Packed(&'a Packed),
     /// Training goes on after this many steps.
     Resumed(u64),
+    /// A diffusion phase begins: what the mask token's embedding is like.
+    MaskEmbedding(MaskEmbedding),
     /// One step was done, of so many.
     Step(&'a Metrics, u64),
+    /// Held-out text was measured.
+    Validated(&'a [Validation]),
+    /// The model wrote something.
+    Sampled(&'a Sample),
+    /// Too many steps failed: back to the checkpoint of this step, for this reason.
+    WentBack(u64, &'a str),
     /// A checkpoint was written.
     Saved(&'a Path),
 }
@@ -62,9 +73,17 @@ pub struct Trainer {
     tokenizer: Tokenizer,
     optimizer: OptimizerState,
     data: Packed,
+    /// `None` where no text was kept aside, or it fills no sequence.
+    held_out: Option<Packed>,
     mask_id: u32,
     step: u64,
-    metrics: File,
+    history: History,
+    best: Option<(usize, f64)>,
+    /// Operations that the device does in a second, if they were measured.
+    device_flops: Option<f64>,
+    metrics: Log,
+    validation: Log,
+    samples: Log,
 }
 
 impl Trainer {
@@ -73,48 +92,72 @@ impl Trainer {
         gpu: &Gpu,
         recipe: Recipe,
         run: &Path,
-        hear: &mut dyn FnMut(Event<'_>),
+        hear: &(dyn Fn(Event<'_>) -> ControlFlow<()> + Sync),
     ) -> Result<Trainer> {
         recipe.check()?;
         fs::create_dir_all(run)
             .with_context(|| format!("cannot make the run's folder {}", run.display()))?;
-        let corpus = read_corpus(&recipe)?;
-        hear(Event::Corpus(&corpus.report));
         let resumed = checkpoint::list(run)?.pop();
-        let (model, optimizer, tokenizer, step, metrics_bytes) = match resumed {
-            Some((_, place)) => {
-                let (model, optimizer, tokenizer, state) = checkpoint::load(gpu, &place)?;
-                checkpoint::same_recipe(&state.recipe, &recipe)?;
-                hear(Event::Resumed(state.step));
-                (model, optimizer, tokenizer, state.step, state.metrics_bytes)
+        let state = resumed.as_ref().map(|(_, place)| checkpoint::state(place)).transpose()?;
+        if let Some(state) = &state {
+            checkpoint::same_recipe(&state.recipe, &recipe)?;
+        }
+        let dataset = start::dataset(&recipe, run, &|p| hear(Event::Preparing(p)).is_continue())?;
+        let _ = hear(Event::Dataset(&dataset));
+        let (model, optimizer, tokenizer) = match &resumed {
+            Some((step, place)) => {
+                let _ = hear(Event::Resumed(*step));
+                checkpoint::load(gpu, place)?
             }
             None => {
-                let (model, tokenizer) = begin(gpu, &recipe, &corpus, run, hear)?;
+                let (model, tokenizer) = start::model(gpu, &recipe, &dataset)?;
                 let optimizer = OptimizerState::new(&model);
-                (model, optimizer, tokenizer, 0, 0)
+                (model, optimizer, tokenizer)
             }
         };
-        let mask_id = mask_id(&recipe, &model, &tokenizer)?;
-        let train = corpus.split(recipe.data.held_out, recipe.seed).train;
-        let data = pack(&recipe, &train, &tokenizer, model.config())?;
-        let sequences = data.n_sequences();
-        hear(Event::Packed { sequences, tokens: sequences * recipe.data.length as u64 });
-        fs::write(run.join("recipe.toml"), toml::to_string_pretty(&recipe)?)?;
-        fs::write(run.join("corpus.json"), serde_json::to_vec_pretty(&corpus.report)?)?;
-        let metrics = open_metrics(&run.join("metrics.jsonl"), metrics_bytes)?;
-        let run = run.to_owned();
-        Ok(Trainer { recipe, run, model, tokenizer, optimizer, data, mask_id, step, metrics })
+        let mask_id = start::mask_id(&recipe, &model, &tokenizer)?;
+        let data = start::pack(&recipe, &dataset, Part::Train)?;
+        let _ = hear(Event::Packed(&data));
+        let held_out = start::pack(&recipe, &dataset, Part::HeldOut).ok();
+        write_atomically(&run.join("recipe.toml"), toml::to_string_pretty(&recipe)?.as_bytes())?;
+        let logs = state.as_ref().map(|s| s.logs).unwrap_or_default();
+        let log = |name: &str, bytes| Log::open(&run.join(name), bytes);
+        Ok(Trainer {
+            metrics: log("metrics.jsonl", logs.metrics)?,
+            validation: log("validation.jsonl", logs.validation)?,
+            samples: log("samples.jsonl", logs.samples)?,
+            step: state.as_ref().map_or(0, |s| s.step),
+            best: state.as_ref().and_then(|s| s.best),
+            history: state.map(|s| s.history).unwrap_or_default(),
+            run: run.to_owned(),
+            device_flops: None,
+            recipe,
+            model,
+            tokenizer,
+            optimizer,
+            data,
+            held_out,
+            mask_id,
+        })
     }
 
     /// Trains to the end, or until `hear` says stop; then a checkpoint is written.
     pub fn run(&mut self, hear: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Outcome> {
         let total = self.recipe.total_steps();
         while self.step < total {
-            let metrics = self.train_step()?;
-            self.record(&metrics)?;
-            let stop = hear(Event::Step(&metrics, total)).is_break();
-            let phase_ends = self.recipe.at(self.step).is_none_or(|(_, within)| within == 0);
-            if stop || phase_ends || self.step.is_multiple_of(self.recipe.save_every) {
+            if let Some(mask) = self.enter_phase()? {
+                let _ = hear(Event::MaskEmbedding(mask));
+            }
+            let (metrics, verdict) = self.train_step()?;
+            self.metrics.write(&metrics)?;
+            let mut stop = hear(Event::Step(&metrics, total)).is_break();
+            if let Verdict::GoBack(why) = &verdict {
+                let step = self.go_back(why)?;
+                stop |= hear(Event::WentBack(step, why)).is_break();
+            } else if self.is_due(self.recipe.validation.every) {
+                self.measure(hear)?;
+            }
+            if stop || self.is_due(self.recipe.checkpoints.every) {
                 let place = self.save()?;
                 let _ = hear(Event::Saved(&place));
             }
@@ -122,28 +165,47 @@ impl Trainer {
                 return Ok(Outcome::Stopped(self.step));
             }
         }
+        self.average()?;
         let folder = self.run.join("model");
         self.model.save(&folder, StoredType::F32, Some(&self.tokenizer))?;
         Ok(Outcome::Finished(folder))
     }
 
+    /// Whether something that is done every so many steps is done now; at the end of a phase it is.
+    fn is_due(&self, every: u64) -> bool {
+        let phase_ends = self.recipe.at(self.step).is_none_or(|place| place.phase_step == 0);
+        every > 0 && (phase_ends || self.step.is_multiple_of(every))
+    }
+
+    /// What happens before the first step of a phase.
+    fn enter_phase(&mut self) -> Result<Option<MaskEmbedding>> {
+        let Some(Place { phase, phase_step, .. }) = self.recipe.at(self.step) else {
+            return Ok(None);
+        };
+        let diffuses = phase.objective.is_diffusion();
+        // Norms differ between objectives, and between a warm-up and what follows it.
+        if phase_step == 0 || (diffuses && phase_step == phase.corruption_warmup) {
+            self.history.forget();
+        }
+        let before = self.step.checked_sub(1).and_then(|step| self.recipe.at(step));
+        let switches = phase_step == 0
+            && diffuses
+            && before.is_none_or(|place| !place.phase.objective.is_diffusion());
+        switches.then(|| start::mask_embedding(&self.model, self.mask_id)).transpose()
+    }
+
     /// One optimiser step: lay out examples, add up gradients over micro-batches, clip, update.
-    pub fn train_step(&mut self) -> Result<Metrics> {
+    pub fn train_step(&mut self) -> Result<(Metrics, Verdict)> {
         let start = Instant::now();
-        let Some((phase, phase_step)) = self.recipe.at(self.step) else {
+        let Some(place) = self.recipe.at(self.step) else {
             bail!("the run has done all of its {} steps", self.step)
         };
         let settings = &self.recipe.optimizer;
-        let plan = StepPlan {
-            phase,
-            phase_step,
-            step: self.step,
-            seed: self.recipe.seed,
-            mask_id: self.mask_id,
-        };
-        let first = self.step * settings.batch as u64;
-        let examples = plan.examples(&self.data, first, settings.batch);
+        let (plan, phase) = (self.plan(place), place.phase);
+        let first = place.sequences + self.history.passed_over;
+        let examples = plan.examples(&self.data, first);
         let divisor = batch::divisor(&examples);
+        let (mask, document_mask) = (plan.mask(), self.recipe.data.document_mask);
         let mut gradients = Gradients::new();
         let mut parts = Vec::new();
         for micro in examples.chunks(settings.micro_batch) {
@@ -151,81 +213,217 @@ impl Trainer {
             if micro.iter().all(|e| e.n_supervised() == 0) {
                 continue;
             }
-            let mask = plan.mask();
-            let document_mask = self.recipe.data.document_mask;
-            let ce = batch::loss(
-                &self.model,
-                micro,
-                mask,
-                divisor,
-                document_mask,
-                self.recipe.recompute,
-            );
+            let recompute = self.recipe.recompute;
+            let ce = batch::loss(&self.model, micro, mask, divisor, document_mask, recompute);
             let one = Tensor::from_f32(self.model.gpu(), &[1.0], [1]);
             backward(&ce.loss, &one, &mut gradients);
-            parts.push((ce.loss.detach(), ce.per_row));
+            let rates: Vec<f32> = micro.iter().flat_map(|e| e.rates.iter().copied()).collect();
+            parts.push((ce.loss.detach(), ce.per_row, rates));
         }
-        let lr = phase.learning_rate().lr(phase_step);
-        let norm = self.optimizer.step(&self.model, &gradients, settings, lr)?;
+        let lr = phase.learning_rate().lr(place.phase_step);
+        let limit = self.history.limit(&self.recipe.guard);
+        let norm = self.optimizer.step(&self.model, &gradients, settings, lr, limit)?;
         drop(gradients);
-        let (mut loss, mut sum, mut rows) = (0.0, 0.0, 0);
-        for (part, per_row) in parts {
+        let (mut loss, mut ce) = (0.0, ByRate::default());
+        for (part, per_row, rates) in parts {
             loss += f64::from(part.item()?);
-            let ce = per_row.to_vec()?;
-            rows += ce.len();
-            sum += ce.iter().map(|&c| f64::from(c)).sum::<f64>();
+            ce.add(&per_row.to_vec()?, &rates);
         }
         let norm = f64::from(norm.to_vec()?[0]);
-        let (objective, warmup) = (phase.objective, phase.corruption_warmup);
-        let u_max = match objective {
-            Objective::Ar => None,
-            Objective::Diffusion => crate::noise::u_max(phase_step, warmup, phase.u_init),
-        };
+        let verdict = self.history.judge(&self.recipe.guard, norm);
+        let tokens = self.recipe.sequences_of_a_step(phase) * self.recipe.data.length as u64;
+        let seconds = start.elapsed().as_secs_f64();
+        let operations: f64 = examples
+            .iter()
+            .map(|e| flops::of_sequence(self.model.config(), mask, e.spans.len(), e.n_supervised()))
+            .sum();
+        let warm = phase.objective.is_diffusion();
+        let u_max = u_max(place.phase_step, phase.corruption_warmup, phase.u_init);
         self.step += 1;
-        let tokens = settings.batch * self.recipe.data.length;
-        Ok(Metrics {
+        let metrics = Metrics {
             step: self.step,
-            phase: objective.name().to_owned(),
+            phase: phase.name().to_owned(),
             loss,
             grad_norm: norm,
             lr: f64::from(lr),
-            tokens_per_second: tokens as f64 / start.elapsed().as_secs_f64(),
-            ce_per_masked: (rows > 0).then(|| sum / rows as f64),
-            u_max: u_max.map(f64::from),
-            tokens: self.step * tokens as u64,
+            tokens_per_second: tokens as f64 / seconds,
+            tokens: (place.sequences + self.recipe.sequences_of_a_step(phase))
+                * self.recipe.data.length as u64,
+            ce_per_masked: ce.mean(),
+            u_max: u_max.filter(|_| warm).map(f64::from),
+            block_length: phase.decoded_block(place.phase_step),
+            ce_by_rate: ce.means(),
+            flop_utilisation: self.device_flops.map(|most| operations / seconds / most),
             peak_bytes: self.model.gpu().memory().peak,
-            ..Metrics::default()
-        })
+            skipped: match &verdict {
+                Verdict::Taken => None,
+                Verdict::Skipped(why) | Verdict::GoBack(why) => Some(why.clone()),
+            },
+        };
+        if let Some(why) = &metrics.skipped {
+            self.keep_batch(&metrics, why, &examples, first)?;
+        }
+        Ok((metrics, verdict))
     }
 
-    fn record(&mut self, metrics: &Metrics) -> Result<()> {
-        let path = self.run.join("metrics.jsonl");
-        let line = serde_json::to_string(metrics)? + "\n";
-        self.metrics
-            .write_all(line.as_bytes())
-            .with_context(|| format!("cannot write {}; make room and resume", path.display()))
+    fn plan<'a>(&self, place: Place<'a>) -> StepPlan<'a> {
+        let (seed, mask_id) = (self.recipe.seed, self.mask_id);
+        let batch = self.recipe.optimizer.batch;
+        StepPlan { place, step: self.step, batch, seed, mask_id }
+    }
+
+    /// Keeps what a step failed on, to look at it and to try it again.
+    fn keep_batch(
+        &self,
+        metrics: &Metrics,
+        why: &str,
+        examples: &[Example],
+        first: u64,
+    ) -> Result<()> {
+        let folder = self.run.join("skipped");
+        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        let examples: Vec<_> = examples
+            .iter()
+            .map(|e| {
+                let text = self.tokenizer.decode(&e.tokens, false);
+                json!({
+                    "text": text,
+                    "tokens": e.tokens,
+                    "supervised": e.supervised,
+                    "targets": e.targets,
+                    "weights": e.weights,
+                })
+            })
+            .collect();
+        let whole = json!({
+            "step": metrics.step,
+            "why": why,
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "first_sequence": first,
+            "examples": examples,
+        });
+        let path = folder.join(format!("step-{:08}.json", metrics.step));
+        write_atomically(&path, &serde_json::to_vec(&whole)?)
+    }
+
+    /// Back to the last checkpoint, and from there on with the text behind the step that failed.
+    fn go_back(&mut self, why: &str) -> Result<u64> {
+        let failed = self.step;
+        let again = "lower the learning rate, lengthen its warm-up or the corruption's, or look at the batches in \
+                     skipped/ of the run";
+        let Some((_, place)) = checkpoint::list(&self.run)?.pop() else {
+            bail!("step {failed} failed ({why}), and there is no checkpoint to go back to; {again}")
+        };
+        if self.history.rollbacks >= self.recipe.guard.rollbacks {
+            bail!(
+                "step {failed} failed ({why}), after going back {} times; {again}",
+                self.history.rollbacks
+            );
+        }
+        let state = checkpoint::state(&place)?;
+        let gpu = self.model.gpu().clone();
+        (self.model, self.optimizer, self.tokenizer) = checkpoint::load(&gpu, &place)?;
+        let cursor = |step| self.recipe.at(step).map_or(0, |place| place.sequences);
+        let passed_over = self.history.passed_over + cursor(failed) - cursor(state.step);
+        let rollbacks = self.history.rollbacks + 1;
+        self.history = state.history;
+        (self.history.rollbacks, self.history.passed_over) = (rollbacks, passed_over);
+        self.step = state.step;
+        Ok(self.step)
+    }
+
+    /// Measures held-out text, keeps the best model, and lets it write.
+    fn measure(&mut self, hear: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Result<()> {
+        let recipe = self.recipe.clone();
+        let Some(place) = recipe.at(self.step - 1) else { return Ok(()) };
+        // Step 0 keys the noise: each time the same tokens are hidden.
+        let plan = StepPlan { step: 0, ..self.plan(place) };
+        let n = self.recipe.validation.sequences;
+        if let Some(data) = &self.held_out {
+            let all = validate(&self.recipe, &self.model, data, &plan, n, self.step)?;
+            for entry in &all {
+                self.validation.write(entry)?;
+            }
+            let phase = recipe.phase.iter().position(|p| std::ptr::eq(p, place.phase));
+            let loss = all.last().map(|v| v.loss).filter(|l| l.is_finite());
+            if let (Some(phase), Some(loss)) = (phase, loss)
+                // A loss of another objective says nothing beside this one's.
+                && self.best.is_none_or(|(p, before)| p != phase || loss < before)
+            {
+                self.best = Some((phase, loss));
+                self.name_objective(place);
+                checkpoint::save_best(&self.run, &self.model, &self.tokenizer)?;
+            }
+            let _ = hear(Event::Validated(&all));
+        }
+        for sample in samples(&self.recipe, &self.model, &self.tokenizer, &plan, self.step)? {
+            self.samples.write(&sample)?;
+            let _ = hear(Event::Sampled(&sample));
+        }
+        Ok(())
+    }
+
+    /// The model's configuration says how it was trained.
+    fn name_objective(&mut self, place: Place<'_>) {
+        let block = place.phase.decoded_block(place.phase_step);
+        let mask_id = self.mask_id;
+        let config = self.model.config_mut();
+        config.block_length = block.or(config.block_length);
+        config.mask_token_id = Some(mask_id);
     }
 
     /// Writes a checkpoint of the steps done so far, and the curve.
     pub fn save(&mut self) -> Result<PathBuf> {
-        if let Some((phase, _)) = self.recipe.at(self.step.saturating_sub(1))
-            && phase.objective == Objective::Diffusion
-        {
-            self.model.config_mut().block_length = Some(phase.block_length);
+        let recipe = self.recipe.clone();
+        if let Some(place) = recipe.at(self.step.saturating_sub(1)) {
+            self.name_objective(place);
         }
-        self.model.config_mut().mask_token_id = Some(self.mask_id);
         let state = TrainerState {
             step: self.step,
             updates: self.optimizer.updates,
-            metrics_bytes: self.metrics.stream_position()?,
-            recipe: self.recipe.clone(),
+            logs: LogBytes {
+                metrics: self.metrics.synced()?,
+                validation: self.validation.synced()?,
+                samples: self.samples.synced()?,
+            },
+            history: self.history.clone(),
+            best: self.best,
+            recipe,
         };
-        self.metrics.sync_all()?;
         let place =
             checkpoint::save(&self.run, &self.model, &self.optimizer, &self.tokenizer, &state)?;
         let points = read_metrics(&self.run.join("metrics.jsonl"))?;
         curve::draw(&points, "training", &self.run.join("curve.svg"))?;
         Ok(place)
+    }
+
+    /// The mean of the last checkpoints, if the recipe wants it.
+    fn average(&self) -> Result<()> {
+        let n = self.recipe.checkpoints.average;
+        if n > 1 {
+            let all = checkpoint::list(&self.run)?;
+            let last = all.into_iter().rev().take(n).map(|(_, place)| place);
+            checkpoint::average(&self.model, &last.collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+
+    /// Mean cross-entropy in nats per supervised token (a masked one, under diffusion) over up to `sequences` sequences
+    /// of held-out text, under the recipe's last phase; `None` where the held-out text fills no sequence. Each call
+    /// hides the same tokens, so that models can be compared.
+    pub fn held_out_ce(&self, sequences: usize) -> Result<Option<f64>> {
+        let Some(data) = &self.held_out else { return Ok(None) };
+        let last = self.recipe.total_steps() - 1;
+        let place = self.recipe.at(last).context("a recipe has steps")?;
+        let plan = StepPlan { step: 0, ..self.plan(place) };
+        let all = validate(&self.recipe, &self.model, data, &plan, sequences, self.step)?;
+        Ok(all.last().map(|v| v.ce))
+    }
+
+    /// Tells how many operations a second the device does at most, so that metrics can say what share of them was used.
+    pub fn set_device_flops(&mut self, flops: f64) {
+        self.device_flops = Some(flops);
     }
 
     /// Steps done.
@@ -244,133 +442,34 @@ impl Trainer {
     }
 }
 
-/// Mean cross-entropy in nats per supervised token (a masked one, under diffusion) over up to `sequences` sequences
-/// of the recipe's held-out text, under its last phase and without a warm-up. Each call hides the same tokens, so
-/// that models can be compared. Not a likelihood: mask rates are clipped as in training. `None` where the held-out
-/// text fills no sequence.
-pub fn held_out_loss(
-    recipe: &Recipe,
-    model: &Llama,
-    tokenizer: &Tokenizer,
-    sequences: usize,
-) -> Result<Option<f64>> {
-    let corpus = read_corpus(recipe)?;
-    let held_out = corpus.split(recipe.data.held_out, recipe.seed).held_out;
-    let Ok(data) = pack(recipe, &held_out, tokenizer, model.config()) else { return Ok(None) };
-    let phase = recipe.phase.last().context("there is no [[phase]]")?;
-    let plan = StepPlan {
-        phase,
-        phase_step: phase.corruption_warmup,
-        step: 0,
-        seed: recipe.seed,
-        mask_id: mask_id(recipe, model, tokenizer)?,
-    };
-    let examples = plan.examples(&data, 0, sequences.min(data.n_sequences() as usize));
-    let (mut sum, mut rows) = (0.0, 0);
-    for micro in examples.chunks(recipe.optimizer.micro_batch) {
-        let document_mask = recipe.data.document_mask;
-        let ce =
-            without_recording(|| batch::loss(model, micro, plan.mask(), 1.0, document_mask, false));
-        let per_row = ce.per_row.to_vec()?;
-        rows += per_row.len();
-        sum += per_row.iter().map(|&c| f64::from(c)).sum::<f64>();
+/// Cross-entropies, together and by mask rate.
+#[derive(Default)]
+struct ByRate {
+    sum: f64,
+    rows: usize,
+    buckets: [(f64, usize); RATE_BUCKETS],
+}
+
+impl ByRate {
+    fn add(&mut self, ce: &[f32], rates: &[f32]) {
+        self.sum += ce.iter().map(|&c| f64::from(c)).sum::<f64>();
+        self.rows += ce.len();
+        for (&ce, &rate) in ce.iter().zip(rates) {
+            let bucket = (rate * RATE_BUCKETS as f32).ceil() as usize;
+            let (sum, rows) = &mut self.buckets[bucket.clamp(1, RATE_BUCKETS) - 1];
+            *sum += f64::from(ce);
+            *rows += 1;
+        }
     }
-    Ok((rows > 0).then(|| sum / rows as f64))
-}
 
-/// Opens the metrics file and cuts off what was written after the checkpoint.
-fn open_metrics(path: &Path, bytes: u64) -> Result<File> {
-    let open = || -> std::io::Result<File> {
-        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
-        file.set_len(bytes)?;
-        file.seek(SeekFrom::Start(bytes))?;
-        Ok(file)
-    };
-    open().with_context(|| format!("cannot open {}", path.display()))
-}
-
-fn read_corpus(recipe: &Recipe) -> Result<Corpus> {
-    let mut whole: Option<Corpus> = None;
-    for path in &recipe.data.paths {
-        let corpus = Corpus::read(path, &recipe.filter())?;
-        whole = Some(match whole {
-            Some(before) => before.join(corpus),
-            None => corpus,
-        });
+    fn mean(&self) -> Option<f64> {
+        (self.rows > 0).then(|| self.sum / self.rows as f64)
     }
-    whole.context("data.paths names no directory")
-}
 
-fn begin(
-    gpu: &Gpu,
-    recipe: &Recipe,
-    corpus: &Corpus,
-    run: &Path,
-    hear: &mut dyn FnMut(Event<'_>),
-) -> Result<(Llama, Tokenizer)> {
-    if let Some(from) = &recipe.model.from {
-        let model = Llama::load(gpu, from, Precision::F32)?.trainable();
-        let tokenizer = Tokenizer::for_model(from, model.config())?;
-        return Ok((model, tokenizer));
+    /// Of each bucket; nothing if no rates were given.
+    fn means(&self) -> Vec<Option<f64>> {
+        let mean = |&(sum, rows): &(f64, usize)| (rows > 0).then(|| sum / rows as f64);
+        let means: Vec<_> = self.buckets.iter().map(mean).collect();
+        if means.iter().any(Option::is_some) { means } else { Vec::new() }
     }
-    let fresh = recipe.model.fresh.as_ref().context("[model] names neither `from` nor `fresh`")?;
-    let (config, tokenizer) = fresh_tokenizer(recipe, fresh, corpus, run)?;
-    hear(Event::Tokenizer(config.vocab_size));
-    Ok((Llama::random(gpu, &config, recipe.seed)?.trainable(), tokenizer))
-}
-
-fn fresh_tokenizer(
-    recipe: &Recipe,
-    fresh: &Fresh,
-    corpus: &Corpus,
-    run: &Path,
-) -> Result<(LlamaConfig, Tokenizer)> {
-    let folder = run.join("tokenizer");
-    fs::create_dir_all(&folder)?;
-    let train = corpus.split(recipe.data.held_out, recipe.seed).train;
-    let texts = train.iter().map(|d| d.text.as_str());
-    let size = bpe::train_bpe(texts, fresh.vocab_size, &folder.join("tokenizer.json"))?;
-    let config = fresh.config(size, bpe::EOS_ID, bpe::MASK_ID);
-    config.validate(&run.join("recipe.toml"))?;
-    let tokenizer = Tokenizer::from_folder(&folder, &config)?;
-    Ok((config, tokenizer))
-}
-
-fn mask_id(recipe: &Recipe, model: &Llama, tokenizer: &Tokenizer) -> Result<u32> {
-    if let Some(token) = &recipe.model.mask_token {
-        return tokenizer.token_id(token).with_context(|| {
-            format!("model.mask_token {token:?} is no token of this tokenizer; name one it has")
-        });
-    }
-    let known = model.config().mask_token_id.or_else(|| tokenizer.mask_token_id());
-    let needed = recipe.phase.iter().any(|p| p.objective == Objective::Diffusion);
-    ensure!(
-        known.is_some() || !needed,
-        "this model has no mask token; name a token it does not use otherwise with \
-         model.mask_token, such as \"<empty_output>\" for SmolLM2"
-    );
-    Ok(known.unwrap_or(0))
-}
-
-fn pack(
-    recipe: &Recipe,
-    documents: &[&Document],
-    tokenizer: &Tokenizer,
-    config: &LlamaConfig,
-) -> Result<Packed> {
-    let ours = bpe::for_corpus(&tokenizer.to_json()?)?;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let documents = tokenise(documents, threads, &|text| bpe::encode(&ours, text))?;
-    let eos = config.eos_token_ids.first().copied();
-    let packing = Packing {
-        length: recipe.data.length,
-        eos: eos.context("the model's config.json names no eos_token_id")?,
-        visibility: if recipe.data.document_mask {
-            Visibility::Confined { alignment: recipe.alignment() }
-        } else {
-            Visibility::Mutual
-        },
-        seed: recipe.seed,
-    };
-    Packed::new(&documents, packing)
 }

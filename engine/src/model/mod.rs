@@ -1,6 +1,7 @@
 //! Llama-architecture models: configuration, weights in and out, tokenizer, forward pass.
 
 mod cache;
+mod chat;
 pub mod config;
 pub mod gguf;
 mod llama;
@@ -10,6 +11,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use cache::KvCache;
+pub use chat::{CHATML, ChatTemplate};
 pub use config::{LlamaConfig, RopeScaling};
 pub use llama::{Inputs, Llama};
 pub use parameter::{Parameter, Precision};

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::chat::{CHATML, ChatTemplate};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
 use super::weights::source::{Source, locate, map_file, read_capped};
@@ -247,6 +248,13 @@ impl Tokenizer {
     /// The model's Jinja chat template, as written.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
+    }
+
+    /// The compiled chat template: the tokenizer's own, else ChatML if it has ChatML's tokens, else `None`.
+    pub fn chat(&self) -> Result<Option<ChatTemplate>> {
+        let chatml = ["<|im_start|>", "<|im_end|>"].iter().all(|t| self.token_id(t).is_some());
+        let template = self.chat_template().or(chatml.then_some(CHATML));
+        template.map(|template| ChatTemplate::new(template, &self.settings)).transpose()
     }
 
     /// The text of a `tokenizer.json`.

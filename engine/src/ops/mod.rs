@@ -29,7 +29,7 @@ pub use linear::{linear, linear_onto, rows};
 pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
 pub use matmul::{Layout, MatmulKernel, Product, matmul};
 pub use norm_linear::{norm_linear, norm_swiglu};
-pub use optimizer::{AdamW, adamw_step, grad_norm};
+pub use optimizer::{AdamW, adamw_step, grad_norm, grad_norm_within};
 pub use reduce::{max, mean, sum, sum_all, sum_to};
 pub use rms_norm::rms_norm;
 pub use rope::{rope, rope_into_cache};

@@ -1,9 +1,10 @@
 //! The optimiser's two steps, both on the device, so that a training step waits for nothing.
-//!   grad_norm   norm = ‖grad_scale · gradients‖₂,  clip = min(1, max_norm / (norm + 1e-6))
+//!   grad_norm   norm = ‖grad_scale · gradients‖₂,  clip = min(1, max_norm / (norm + 1e-6)),  0 for a norm that is not
+//!               finite, or above a limit
 //!   adamw_step  g = grad · grad_scale · clip,  m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²
 //!               w ← (1 − lr λ) w − lr m / (1 − β₁ᵗ) / (√v / √(1 − β₂ᵗ) + ε)
-//! as PyTorch's `clip_grad_norm_` and `AdamW` have them. If the norm is not finite clip is 0 and the step
-//! changes nothing. Neither is differentiable: they work on gradients.
+//! as PyTorch's `clip_grad_norm_` and `AdamW` have them. Where clip is 0 the step changes nothing.
+//! Neither is differentiable: they work on gradients.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -49,6 +50,7 @@ struct SquaresParams {
 struct NormParams {
     n: u32,
     max_norm: f32,
+    limit: f32,
 }
 
 #[repr(C)]
@@ -71,6 +73,20 @@ struct AdamWParams {
 /// If there is no gradient, or one is not f32.
 #[track_caller]
 pub fn grad_norm(gradients: &[&Tensor], grad_scale: f32, max_norm: f32) -> Tensor {
+    grad_norm_within(gradients, grad_scale, max_norm, f32::INFINITY)
+}
+
+/// As [`grad_norm`], with clip 0 for a norm above `limit`: the device decides whether the step is taken.
+///
+/// # Panics
+/// As [`grad_norm`].
+#[track_caller]
+pub fn grad_norm_within(
+    gradients: &[&Tensor],
+    grad_scale: f32,
+    max_norm: f32,
+    limit: f32,
+) -> Tensor {
     let gpu = gradients.first().expect("grad_norm: at least one gradient").gpu();
     let shares = |g: &Tensor| g.numel().div_ceil(SHARE).min(MOST_SHARES);
     let n: usize = gradients.iter().map(|g| shares(g)).sum();
@@ -85,7 +101,8 @@ pub fn grad_norm(gradients: &[&Tensor], grad_scale: f32, max_norm: f32) -> Tenso
         first += groups;
     }
     let y = Tensor::empty(gpu, [2], DType::F32, "grad_norm");
-    let params = NormParams { n: n as u32, max_norm: max_norm.min(f32::MAX) };
+    let params =
+        NormParams { n: n as u32, max_norm: max_norm.min(f32::MAX), limit: limit.min(f32::MAX) };
     GRAD_NORM.run(&params, &[&partial], &[&y], [1, 1, 1]);
     y
 }
@@ -155,6 +172,20 @@ mod cases {
             shapes.iter().map(|&s| Input::Normal(s.into())).collect(),
             move |t| grad_norm(&t.iter().collect::<Vec<_>>(), SCALE as f32, max_norm),
             move |x| Array::new([2], norm_and_clip(x, f64::from(max_norm)).to_vec()),
+        )
+    }
+
+    /// A norm above the limit takes no step.
+    fn limited(limit: f32) -> Case {
+        let shape: &[usize] = &[70];
+        Case::new(
+            format!("grad_norm within {limit}"),
+            vec![Input::Normal(shape.into())],
+            move |t| grad_norm_within(&[&t[0]], SCALE as f32, 1.0, limit),
+            move |x| {
+                let [norm, clip] = norm_and_clip(x, 1.0);
+                Array::new([2], vec![norm, if norm > f64::from(limit) { 0.0 } else { clip }])
+            },
         )
     }
 
@@ -228,6 +259,8 @@ mod cases {
             norm_case("below the bound", &[&[7], &[2, 3]], 1e6),
             norm_case("without a bound", &[&[7], &[2, 3]], f32::INFINITY),
             norm_case("of none", &[&[0]], 1.0),
+            limited(0.1),
+            limited(100.0),
             step_case("parameter", &[3, 257], 0),
             step_case("mean", &[3, 257], 1),
             step_case("mean square", &[3, 257], 2),

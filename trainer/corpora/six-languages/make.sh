@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole corpus by one command: sources, fine-tuning data, tokenizer, datasets. Each step goes on where an earlier
+# run stopped. DEMASK names the program; further arguments go to both builds, such as --against FILE for evaluation
+# sets that no document may share text with.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${1:?usage: make.sh OUT [ARGUMENT OF demask data build]...}
+shift
+demask=${DEMASK:-demask}
+
+"$here/fetch.sh" "$out"
+[[ -f $out/sft/edits.jsonl ]] || "$here/sft.py" "$out"
+[[ -f $out/tokenizer/tokenizer_config.json ]] ||
+    "$demask" tokenizer train "$here/corpus.toml" --root "$out" --vocab-size 4096 --most 24 --out "$out/tokenizer"
+"$demask" data build "$here/corpus.toml" --root "$out" --out "$out/data" "$@"
+"$demask" data build "$here/sft.toml" --root "$out" --out "$out/sft-data" "$@"

@@ -1,0 +1,195 @@
+//! Documents as token ids, with a mark on those that are read but not learnt.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use demask_engine::model::{ChatTemplate, LlamaConfig, Tokenizer, Weights};
+use demask_engine::philox::Philox;
+
+use super::{Content, Document, Turn, fnv1a};
+use crate::bpe;
+
+/// Set on a token that is read but neither masked nor predicted: a prompt's. Ids stay below 2^24.
+pub const GIVEN: u32 = 1 << 31;
+
+/// Keeps this stream apart from others drawn under the same user seed.
+const FIM: u64 = u64::from_le_bytes(*b"fim\0\0\0\0\0");
+
+/// Names that models give to the tokens around prefix, suffix and middle.
+const FIM_NAMES: [[&str; 3]; 4] = [
+    ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+    ["<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"],
+    ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+    ["<fim-prefix>", "<fim-suffix>", "<fim-middle>"],
+];
+
+/// A tokenizer, as the making of a dataset needs it. Shared by threads.
+pub struct Vocabulary {
+    /// For documents: text that spells a special token becomes ordinary tokens.
+    text: tokenizers::Tokenizer,
+    /// For conversations: the template's special tokens count.
+    chat: tokenizers::Tokenizer,
+    template: Option<ChatTemplate>,
+    special: Vec<String>,
+    /// Prefix, suffix, middle.
+    fim: Option<[u32; 3]>,
+    /// What ends a document.
+    pub eos: u32,
+    /// Ids are below this.
+    pub size: usize,
+    /// Names and contents of the tokenizer's files.
+    pub files: Vec<(String, Vec<u8>)>,
+}
+
+impl Vocabulary {
+    /// Opens a folder with a `tokenizer.json`, with or without a model beside it, or a GGUF file.
+    pub fn open(path: &Path) -> Result<Vocabulary> {
+        let (config, tokenizer) = if path.is_dir() && !path.join("config.json").exists() {
+            let config = bare_config(path)?;
+            let tokenizer = Tokenizer::from_folder(path, &config)?;
+            (config, tokenizer)
+        } else {
+            let (config, _) = Weights::open(path)?;
+            let tokenizer = Tokenizer::for_model(path, &config)?;
+            (config, tokenizer)
+        };
+        let eos = config.eos_token_ids.first().copied().with_context(|| {
+            format!("{}: no token is known to end a text (eos_token)", path.display())
+        })?;
+        Self::new(&tokenizer, eos)
+    }
+
+    /// The vocabulary of a tokenizer whose documents end with `eos`.
+    pub fn new(tokenizer: &Tokenizer, eos: u32) -> Result<Vocabulary> {
+        let json = tokenizer.to_json()?;
+        let chat = tokenizers::Tokenizer::from_bytes(&json)
+            .map_err(|e| anyhow!("the tokenizer cannot be used for a corpus: {e}"))?;
+        let ids = |names: [&str; 3]| -> Option<Vec<u32>> {
+            names.iter().map(|n| tokenizer.token_id(n)).collect()
+        };
+        let special = chat.get_added_tokens_decoder();
+        let special = special.values().filter(|t| t.special).map(|t| t.content.clone()).collect();
+        Ok(Vocabulary {
+            text: bpe::for_corpus(&json)?,
+            chat,
+            template: tokenizer.chat()?,
+            special,
+            fim: FIM_NAMES.into_iter().find_map(ids).map(|f| [f[0], f[1], f[2]]),
+            eos,
+            size: tokenizer.vocab_size(),
+            files: tokenizer.files()?,
+        })
+    }
+
+    /// What identifies the tokenizer: a hash of its files.
+    pub fn fingerprint(&self) -> u64 {
+        fnv1a(self.files.iter().flat_map(|(_, contents)| contents.iter().copied()))
+    }
+
+    /// The text of ids, special tokens too.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.chat.decode(ids, false).map_err(|e| anyhow!("decoding: {e}"))
+    }
+
+    /// Whether it has what the contents of a corpus ask for.
+    pub fn check(&self, fim: bool, chat: bool) -> Result<()> {
+        ensure!(
+            !fim || self.fim.is_some(),
+            "fim_rate is above 0, but the tokenizer has no tokens for it ({})",
+            FIM_NAMES.map(|names| names.join(", ")).join("; ")
+        );
+        ensure!(
+            !chat || self.template.is_some(),
+            "conversations need a chat template, and the tokenizer brings none: add chat_template to its \
+             tokenizer_config.json"
+        );
+        Ok(())
+    }
+
+    /// Whether a conversation spells a special token, and could end its own turn with it.
+    pub fn is_spoofed(&self, content: &Content) -> bool {
+        match content {
+            Content::Text(_) => false,
+            Content::Chat(turns) => turns
+                .iter()
+                .any(|t| self.special.iter().any(|special| t.content.contains(special.as_str()))),
+        }
+    }
+
+    /// A document's tokens; those that are not learnt carry [`GIVEN`]. At `fim_rate`, a text is cut at two random
+    /// characters and becomes suffix, prefix, middle, the order in which Seed-Coder was trained (arXiv 2506.03524).
+    pub fn tokens(&self, document: &Document, fim_rate: f64, seed: u64) -> Result<Vec<u32>> {
+        match &document.content {
+            Content::Text(text) => {
+                let hash = fnv1a(document.name.bytes());
+                let mut random = Philox::new(seed ^ FIM, [hash as u32, (hash >> 32) as u32, 0]);
+                match self.fim {
+                    Some(fim) if f64::from(random.uniform()) < fim_rate => {
+                        self.fill_in_the_middle(text, fim, &mut random)
+                    }
+                    _ => bpe::encode(&self.text, text),
+                }
+            }
+            Content::Chat(turns) => self.conversation(turns),
+        }
+    }
+
+    fn fill_in_the_middle(
+        &self,
+        text: &str,
+        [prefix, suffix, middle]: [u32; 3],
+        random: &mut Philox,
+    ) -> Result<Vec<u32>> {
+        let places: Vec<usize> = text.char_indices().map(|(i, _)| i).chain([text.len()]).collect();
+        let mut cut = || places[random.below(places.len() as u32) as usize];
+        let (a, b) = (cut(), cut());
+        let (a, b) = (a.min(b), a.max(b));
+        let mut ids = vec![suffix];
+        ids.extend(bpe::encode(&self.text, &text[b..])?);
+        ids.push(prefix);
+        ids.extend(bpe::encode(&self.text, &text[..a])?);
+        ids.push(middle);
+        ids.extend(bpe::encode(&self.text, &text[a..b])?);
+        Ok(ids)
+    }
+
+    /// The template's text, cut where the assistant begins and ends, each piece tokenised alone: so the tokens before
+    /// an answer are those of the prompt that asks for it.
+    fn conversation(&self, turns: &[Turn]) -> Result<Vec<u32>> {
+        let template = self.template.as_ref().context("the tokenizer has no chat template")?;
+        let (mut ids, mut done) = (Vec::new(), String::new());
+        let after = |whole: String, done: &str| match whole.strip_prefix(done) {
+            Some(rest) => Ok((rest.to_owned(), whole)),
+            None => {
+                Err(anyhow!("the chat template changes earlier turns when a later one follows"))
+            }
+        };
+        for (i, _) in turns.iter().enumerate().filter(|(_, t)| t.role == "assistant") {
+            let (given, whole) = after(template.render(&turns[..i], true)?, &done)?;
+            done = whole;
+            let (learnt, whole) = after(template.render(&turns[..=i], false)?, &done)?;
+            done = whole;
+            ids.extend(bpe::encode(&self.chat, &given)?.into_iter().map(|id| id | GIVEN));
+            ids.extend(bpe::encode(&self.chat, &learnt)?);
+        }
+        Ok(ids)
+    }
+}
+
+/// The configuration that a tokenizer without a model stands for.
+fn bare_config(folder: &Path) -> Result<LlamaConfig> {
+    let path = folder.join("tokenizer.json");
+    let tokenizer = tokenizers::Tokenizer::from_file(&path).map_err(|e| {
+        anyhow!("cannot load {} ({e}); it must be a Hugging Face tokenizer.json", path.display())
+    })?;
+    let settings: PathBuf = folder.join("tokenizer_config.json");
+    let named = std::fs::read(&settings).ok().and_then(|text| {
+        let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        let eos = &value["eos_token"];
+        let eos = eos.as_str().or(eos["content"].as_str())?;
+        tokenizer.token_to_id(eos)
+    });
+    let eos = named.or_else(|| tokenizer.token_to_id(bpe::SPECIAL_TOKENS[0]));
+    let size = tokenizer.get_vocab_size(true);
+    Ok(crate::recipe::Fresh::default().config(size, eos, None))
+}

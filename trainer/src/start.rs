@@ -1,0 +1,165 @@
+//! What a run begins with: its dataset, its tokenizer, its model.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use demask_engine::gpu::Gpu;
+use demask_engine::model::{Llama, Precision, Tokenizer};
+use demask_engine::ops::rows;
+
+use crate::bpe;
+use crate::data::build::{Hear, build};
+use crate::data::recipe::CorpusRecipe;
+use crate::data::sample::Vocabulary;
+use crate::data::shards::Dataset;
+use crate::pack::{Packed, Packing, Part, Visibility};
+use crate::recipe::Recipe;
+
+/// Of the mean norm of the embeddings: a mask embedding that is this much shorter or longer is set right.
+const SICK: f64 = 10.0;
+
+/// The dataset of a recipe: the one it names, or one made of its paths in the run's folder (with the model's tokenizer,
+/// or one trained on this text).
+pub fn dataset(recipe: &Recipe, run: &Path, hear: Hear<'_>) -> Result<Dataset> {
+    if let Some(folder) = &recipe.data.dataset {
+        return Dataset::open(folder);
+    }
+    let mut corpus = CorpusRecipe::of_paths(&recipe.data.paths, &recipe.data.extensions);
+    corpus.seed = recipe.seed;
+    corpus.held_out = recipe.data.held_out;
+    let vocabulary = match (&recipe.model.from, &recipe.model.fresh) {
+        (Some(from), _) => Vocabulary::open(from)?,
+        (None, fresh) => {
+            let folder = run.join("tokenizer");
+            if !folder.join("tokenizer_config.json").exists() {
+                let size = fresh.as_ref().context("a fresh model has a shape")?.vocab_size;
+                bpe::train(&corpus, size, bpe::MOST_BYTES, &folder)?;
+            }
+            Vocabulary::open(&folder)?
+        }
+    };
+    let folder = run.join("data");
+    build(&corpus, &vocabulary, &folder, hear).with_context(|| {
+        format!("making the dataset {} (remove it to make it anew)", folder.display())
+    })
+}
+
+/// The model and tokenizer that a run starts from.
+pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, Tokenizer)> {
+    if let Some(from) = &recipe.model.from {
+        let model = Llama::load(gpu, from, Precision::F32)?.trainable();
+        let tokenizer = Tokenizer::for_model(from, model.config())?;
+        same_tokens(&tokenizer, dataset)?;
+        return Ok((model, tokenizer));
+    }
+    let fresh = recipe.model.fresh.as_ref().context("a recipe names a model or a shape")?;
+    let vocabulary = Vocabulary::open(&dataset.tokenizer())?;
+    let config = fresh.config(vocabulary.size, Some(vocabulary.eos), None);
+    config.validate(&dataset.tokenizer())?;
+    let tokenizer = Tokenizer::from_folder(&dataset.tokenizer(), &config)?;
+    let config = fresh.config(vocabulary.size, Some(vocabulary.eos), tokenizer.mask_token_id());
+    Ok((Llama::random(gpu, &config, recipe.seed)?.trainable(), tokenizer))
+}
+
+/// A dataset says tokens by number, so the model must mean the same by them.
+pub fn same_tokens(tokenizer: &Tokenizer, dataset: &Dataset) -> Result<()> {
+    let folder = dataset.tokenizer();
+    let theirs = Vocabulary::open(&folder)?;
+    let path = folder.join("tokenizer.json");
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let theirs_json = bpe::for_corpus(&text)?;
+    let differs = (0..theirs.size as u32)
+        .find(|&id| theirs_json.id_to_token(id) != tokenizer.id_to_token(id));
+    ensure!(
+        differs.is_none(),
+        "{} was made with another tokenizer than the model's: token {} is {:?} there and {:?} here; build the \
+         dataset with tokenizer = the model's folder",
+        dataset.folder.display(),
+        differs.unwrap_or(0),
+        theirs_json.id_to_token(differs.unwrap_or(0)),
+        tokenizer.id_to_token(differs.unwrap_or(0)),
+    );
+    Ok(())
+}
+
+/// The token of a hole.
+pub fn mask_id(recipe: &Recipe, model: &Llama, tokenizer: &Tokenizer) -> Result<u32> {
+    if let Some(token) = &recipe.model.mask_token {
+        return tokenizer.token_id(token).with_context(|| {
+            format!("model.mask_token {token:?} is no token of this tokenizer; name one it has")
+        });
+    }
+    let known = model.config().mask_token_id.or_else(|| tokenizer.mask_token_id());
+    let needed = recipe.phase.iter().any(|p| p.objective.is_diffusion());
+    ensure!(
+        known.is_some() || !needed,
+        "this model has no mask token; name a token it does not use otherwise with \
+         model.mask_token, such as \"<empty_output>\" for SmolLM2"
+    );
+    Ok(known.unwrap_or(0))
+}
+
+/// A part of the dataset as sequences.
+pub fn pack(recipe: &Recipe, dataset: &Dataset, part: Part) -> Result<Packed> {
+    let packing = Packing {
+        length: recipe.data.length,
+        eos: dataset.manifest.eos,
+        visibility: if recipe.data.document_mask {
+            Visibility::Confined { alignment: recipe.alignment() }
+        } else {
+            Visibility::Mutual
+        },
+        seed: recipe.seed,
+    };
+    Packed::new(dataset, part, &recipe.data.weights, packing)
+}
+
+/// The mask token's embedding beside the others', as it was before a first diffusion step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MaskEmbedding {
+    /// Its length.
+    pub norm: f64,
+    /// Mean length of a sample of embeddings.
+    pub mean: f64,
+    /// It was scaled to the mean length.
+    pub mended: bool,
+}
+
+/// Looks after the embedding of the mask token, which autoregressive training never touches: one that decayed to
+/// nothing lets gradients explode at the switch (arXiv 2512.15745 §7.1), so a sick one gets the mean length.
+pub fn mask_embedding(model: &Llama, mask_id: u32) -> Result<MaskEmbedding> {
+    let embed = model.parameters()[0];
+    let (mut squares, mut n) = (0.0, 0.0);
+    let norm_of = |row: &[f32]| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let mut first = 0;
+    let mut mask = None;
+    for shard in &embed.shards {
+        let [height, width] = [shard.shape()[0], shard.shape()[1]];
+        for at in (0..height).step_by(height.div_ceil(16)) {
+            let sample = rows(&shard.detach(), at, (height - at).min(32)).to_vec()?;
+            for row in sample.chunks(width) {
+                squares += norm_of(row);
+                n += 1.0;
+            }
+        }
+        if (first..first + height).contains(&(mask_id as usize)) {
+            mask = Some((shard, mask_id as usize - first));
+        }
+        first += height;
+    }
+    let (shard, row) = mask.context("the mask token is no row of the embedding")?;
+    let values = rows(&shard.detach(), row, 1).to_vec()?;
+    let (norm, mean) = (norm_of(&values), squares / n);
+    let mended = norm * SICK < mean || norm > mean * SICK;
+    if mended {
+        let width = values.len();
+        let scaled: Vec<f32> = match norm > 0.0 {
+            true => values.iter().map(|&x| (f64::from(x) * mean / norm) as f32).collect(),
+            false => vec![(mean / (width as f64).sqrt()) as f32; width],
+        };
+        let bytes: Vec<u8> = scaled.iter().flat_map(|x| x.to_le_bytes()).collect();
+        model.gpu().write(shard.buffer(), (row * width * 4) as u64, &bytes);
+    }
+    Ok(MaskEmbedding { norm, mean, mended })
+}
