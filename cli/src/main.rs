@@ -11,6 +11,7 @@ mod demo;
 mod doctor;
 mod generate;
 mod interrupt;
+mod report;
 mod score;
 mod show;
 mod sources;
@@ -29,6 +30,7 @@ First steps:
   demask generate --model DIR --prompt 'def fib(n):'
   demask score --model DIR --file main.py
   demask train recipe.toml --out runs/first
+  demask report runs/first
   demask bench run --json base.json
 
 The best GPU found is used; --adapter or the environment variable DEMASK_ADAPTER
@@ -50,6 +52,7 @@ enum Command {
     Demo(demo::Args),
     Doctor(doctor::Args),
     Train(train::Args),
+    Report(report::Args),
     Generate(generate::Args),
     Score(score::Args),
     Bench(bench::Args),
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Train(args) => train::run(args),
+        Command::Report(args) => report::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Bench(args) => bench::run(args),
