@@ -18,7 +18,8 @@ Examples:
 
 A run is the folder given to `demask train --out`; it may still be training. The
 page is one file without scripts that loads nothing: losses, cross-entropy by mask
-rate, validation, gradient norm, speed, memory, samples over time and the recipe.";
+rate, validation, gradient norm, speed, memory, samples over time and the recipe.
+For TensorBoard: tensorboard --logdir runs";
 
 /// Make one page with the curves, numbers and samples of training runs
 #[derive(clap::Args)]

@@ -14,4 +14,5 @@ mod plot;
 pub mod recipe;
 pub mod report;
 pub mod schedule;
+pub mod tensorboard;
 pub mod train;

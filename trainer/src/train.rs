@@ -1,7 +1,7 @@
 //! The training loop: read this first. A run is a folder; it is resumed from its newest checkpoint and is, after a
 //! kill, bit for bit the run it would have been.
 //!
-//!   run/{recipe.toml, corpus.json, metrics.jsonl, curve.svg, checkpoints/step-N/, model/}
+//!   run/{recipe.toml, corpus.json, metrics.jsonl, tensorboard/, curve.svg, checkpoints/step-N/, model/}
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -22,6 +22,7 @@ use crate::metrics::{Metrics, read_metrics};
 use crate::optim::OptimizerState;
 use crate::pack::{Packed, Packing, Visibility, tokenise};
 use crate::recipe::{Fresh, Objective, Recipe};
+use crate::tensorboard::TensorBoard;
 use crate::{bpe, curve};
 
 /// What a caller hears of a run.
@@ -65,6 +66,7 @@ pub struct Trainer {
     mask_id: u32,
     step: u64,
     metrics: File,
+    tensorboard: TensorBoard,
 }
 
 impl Trainer {
@@ -102,8 +104,20 @@ impl Trainer {
         fs::write(run.join("recipe.toml"), toml::to_string_pretty(&recipe)?)?;
         fs::write(run.join("corpus.json"), serde_json::to_vec_pretty(&corpus.report)?)?;
         let metrics = open_metrics(&run.join("metrics.jsonl"), metrics_bytes)?;
+        let tensorboard = TensorBoard::open(&run.join("tensorboard"), step)?;
         let run = run.to_owned();
-        Ok(Trainer { recipe, run, model, tokenizer, optimizer, data, mask_id, step, metrics })
+        Ok(Trainer {
+            recipe,
+            run,
+            model,
+            tokenizer,
+            optimizer,
+            data,
+            mask_id,
+            step,
+            metrics,
+            tensorboard,
+        })
     }
 
     /// Trains to the end, or until `hear` says stop; then a checkpoint is written.
@@ -203,7 +217,8 @@ impl Trainer {
         let line = serde_json::to_string(metrics)? + "\n";
         self.metrics
             .write_all(line.as_bytes())
-            .with_context(|| format!("cannot write {}; make room and resume", path.display()))
+            .with_context(|| format!("cannot write {}; make room and resume", path.display()))?;
+        self.tensorboard.step(metrics)
     }
 
     /// Writes a checkpoint of the steps done so far, and the curve.
@@ -221,6 +236,7 @@ impl Trainer {
             recipe: self.recipe.clone(),
         };
         self.metrics.sync_all()?;
+        self.tensorboard.flush()?;
         let place =
             checkpoint::save(&self.run, &self.model, &self.optimizer, &self.tokenizer, &state)?;
         let points = read_metrics(&self.run.join("metrics.jsonl"))?;
