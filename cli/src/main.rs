@@ -12,6 +12,7 @@ mod demo;
 mod doctor;
 mod generate;
 mod interrupt;
+mod report;
 mod score;
 mod show;
 mod sources;
@@ -32,6 +33,7 @@ First steps:
   demask score --model DIR --file main.py
   demask data build src/ --tokenizer MODEL --out data
   demask train recipe.toml --out runs/first
+  demask report runs/first
   demask bench run --json base.json
 
 The best GPU found is used; --adapter or the environment variable DEMASK_ADAPTER
@@ -55,6 +57,7 @@ enum Command {
     Data(data::Args),
     Tokenizer(tokenizer::Args),
     Train(train::Args),
+    Report(report::Args),
     Generate(generate::Args),
     Score(score::Args),
     Bench(bench::Args),
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
         Command::Data(args) => data::run(args),
         Command::Tokenizer(args) => tokenizer::run(args),
         Command::Train(args) => train::run(args),
+        Command::Report(args) => report::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Bench(args) => bench::run(args),

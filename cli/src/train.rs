@@ -45,9 +45,10 @@ A recipe, short:
   block_length = 4
   corruption_warmup = 100
 
-The folder gets metrics.jsonl (one line a step), curve.svg, checkpoints/ and, at
-the end, model/ in Hugging Face layout. Ctrl-C saves a checkpoint and leaves; a
-killed run resumes from its last one, bit for bit.";
+The folder gets metrics.jsonl (one line a step), curve.svg, tensorboard/,
+checkpoints/ and, at the end, model/ in Hugging Face layout; `demask report` makes
+a page of it. Ctrl-C saves a checkpoint and leaves; a killed run resumes from its
+last one, bit for bit.";
 
 /// Lines of progress are at least this far apart where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);

@@ -1,10 +1,11 @@
-//! The record of a training step and its file, one JSON object a line.
+//! What a run records of a step, of held-out text and of what the model writes: files of one JSON object a line.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// One line of `metrics.jsonl`: one optimiser step. Unknown fields are ignored, so a run may record more.
@@ -124,25 +125,71 @@ fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Err
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-/// Reads a metrics file. Where a resumed run repeated steps, its later lines count. An unfinished
-/// last line, as an interrupted run leaves it, is passed over.
+/// One line of a run's file: what it is of, and when.
+pub trait Record: DeserializeOwned {
+    /// Optimiser steps done.
+    fn step(&self) -> u64;
+
+    /// What tells it from the other records of its step, where there are several.
+    fn subject(&self) -> &str {
+        ""
+    }
+}
+
+impl Record for Metrics {
+    fn step(&self) -> u64 {
+        self.step
+    }
+}
+
+impl Record for Validation {
+    fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn subject(&self) -> &str {
+        &self.text
+    }
+}
+
+impl Record for Sample {
+    fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn subject(&self) -> &str {
+        &self.prompt
+    }
+}
+
+/// Reads a metrics file; see [`read_records`].
 pub fn read_metrics(path: &Path) -> Result<Vec<Metrics>> {
+    read_records(path)
+}
+
+/// Reads a file of records in order of steps. Where a resumed run repeated steps, its later lines count. An unfinished
+/// last line, as an interrupted run leaves it, is passed over.
+pub fn read_records<R: Record>(path: &Path) -> Result<Vec<R>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read {}; has the run started?", path.display()))?;
-    let mut points: Vec<Metrics> = Vec::new();
+    let mut records: Vec<R> = Vec::new();
     for (i, line) in text.split_inclusive('\n').enumerate() {
         if line.trim().is_empty() {
             continue;
         }
-        let point: Metrics = match serde_json::from_str(line) {
-            Ok(point) => point,
+        let record: R = match serde_json::from_str(line) {
+            Ok(record) => record,
             Err(_) if !line.ends_with('\n') => break,
             Err(e) => bail!("{} line {}: {e}; fix or delete the line", path.display(), i + 1),
         };
-        points.truncate(points.partition_point(|p| p.step < point.step));
-        points.push(point);
+        records.truncate(records.partition_point(|r| r.step() <= record.step()));
+        let same = records.iter().rposition(|r| r.step() < record.step()).map_or(0, |at| at + 1);
+        match records[same..].iter_mut().find(|r| r.subject() == record.subject()) {
+            Some(earlier) => *earlier = record,
+            None => records.push(record),
+        }
     }
-    Ok(points)
+    Ok(records)
 }
 
 #[cfg(test)]
@@ -180,5 +227,36 @@ mod tests {
         std::fs::write(&path, file + "\n").unwrap();
         let error = read_metrics(&path).unwrap_err().to_string();
         assert!(error.contains("line 72"), "{error}");
+    }
+
+    #[test]
+    fn a_step_has_one_record_of_each_text_and_resuming_replaces_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("validation.jsonl");
+        let line = |(step, text, loss): (u64, &str, f64)| {
+            let (phase, text) = ("ar".to_owned(), text.to_owned());
+            let record = Validation { step, phase, text, loss, ce: loss, tokens: 9 };
+            serde_json::to_string(&record).unwrap() + "\n"
+        };
+        let read = || -> Vec<(u64, String, f64)> {
+            let records: Vec<Validation> = read_records(&path).unwrap();
+            records.into_iter().map(|r| (r.step, r.text, r.loss)).collect()
+        };
+        let mut file: String =
+            [(5, "a", 3.0), (5, "b", 4.0), (10, "a", 2.0), (10, "b", 3.0)].map(line).concat();
+        std::fs::write(&path, &file).unwrap();
+        assert_eq!(read().len(), 4);
+        file += &line((5, "b", 3.5));
+        std::fs::write(&path, &file).unwrap();
+        assert_eq!(
+            read(),
+            [(5, "a".into(), 3.0), (5, "b".into(), 3.5)],
+            "step 10 was not reached again"
+        );
+        file += &[(10, "b", 1.0), (10, "a", 1.5)].map(line).concat();
+        file += "{\"step\": 15, \"te";
+        std::fs::write(&path, &file).unwrap();
+        let again = [(5, "a", 3.0), (5, "b", 3.5), (10, "b", 1.0), (10, "a", 1.5)];
+        assert_eq!(read(), again.map(|(step, text, loss)| (step, text.to_owned(), loss)));
     }
 }

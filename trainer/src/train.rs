@@ -1,7 +1,8 @@
 //! The training loop: read this first. A run is a folder; it is resumed from its newest checkpoint and is, after a
 //! kill, bit for bit the run it would have been.
 //!
-//!   run/{recipe.toml, metrics.jsonl, validation.jsonl, samples.jsonl, curve.svg, checkpoints/, skipped/, model/}
+//!   run/{recipe.toml, metrics.jsonl, validation.jsonl, samples.jsonl, curve.svg, tensorboard/, checkpoints/,
+//!        skipped/, model/}
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -26,6 +27,7 @@ use crate::optim::OptimizerState;
 use crate::pack::{Packed, Part};
 use crate::recipe::{Place, Recipe};
 use crate::start::{self, MaskEmbedding};
+use crate::tensorboard::TensorBoard;
 use crate::validate::{samples, validate};
 use crate::{curve, flops};
 
@@ -84,6 +86,7 @@ pub struct Trainer {
     metrics: Log,
     validation: Log,
     samples: Log,
+    tensorboard: TensorBoard,
 }
 
 impl Trainer {
@@ -120,13 +123,15 @@ impl Trainer {
         let _ = hear(Event::Packed(&data));
         let held_out = start::pack(&recipe, &dataset, Part::HeldOut).ok();
         write_atomically(&run.join("recipe.toml"), toml::to_string_pretty(&recipe)?.as_bytes())?;
+        let step = state.as_ref().map_or(0, |s| s.step);
         let logs = state.as_ref().map(|s| s.logs).unwrap_or_default();
         let log = |name: &str, bytes| Log::open(&run.join(name), bytes);
         Ok(Trainer {
             metrics: log("metrics.jsonl", logs.metrics)?,
             validation: log("validation.jsonl", logs.validation)?,
             samples: log("samples.jsonl", logs.samples)?,
-            step: state.as_ref().map_or(0, |s| s.step),
+            tensorboard: TensorBoard::open(&run.join("tensorboard"), step)?,
+            step,
             best: state.as_ref().and_then(|s| s.best),
             history: state.map(|s| s.history).unwrap_or_default(),
             run: run.to_owned(),
@@ -150,6 +155,7 @@ impl Trainer {
             }
             let (metrics, verdict) = self.train_step()?;
             self.metrics.write(&metrics)?;
+            self.tensorboard.step(&metrics)?;
             let mut stop = hear(Event::Step(&metrics, total)).is_break();
             if let Verdict::GoBack(why) = &verdict {
                 let step = self.go_back(why)?;
@@ -344,6 +350,7 @@ impl Trainer {
             let all = validate(&self.recipe, &self.model, data, &plan, n, self.step)?;
             for entry in &all {
                 self.validation.write(entry)?;
+                self.tensorboard.validation(entry)?;
             }
             let phase = recipe.phase.iter().position(|p| std::ptr::eq(p, place.phase));
             let loss = all.last().map(|v| v.loss).filter(|l| l.is_finite());
@@ -359,6 +366,7 @@ impl Trainer {
         }
         for sample in samples(&self.recipe, &self.model, &self.tokenizer, &plan, self.step)? {
             self.samples.write(&sample)?;
+            self.tensorboard.sample(&sample)?;
             let _ = hear(Event::Sampled(&sample));
         }
         Ok(())
@@ -391,6 +399,7 @@ impl Trainer {
             best: self.best,
             recipe,
         };
+        self.tensorboard.flush()?;
         let place =
             checkpoint::save(&self.run, &self.model, &self.optimizer, &self.tokenizer, &state)?;
         let points = read_metrics(&self.run.join("metrics.jsonl"))?;
