@@ -242,7 +242,7 @@ fn five_adamw_steps_match_the_golden() {
             weight_decay: golden.number("/adamw/weight_decay"),
             ..Optimizer::default()
         };
-        let mut optimizer = OptimizerState::new(&model);
+        let mut optimizer = OptimizerState::new(&model, &settings);
         let mut failures = Vec::new();
         for step in 0..5 {
             let loss = diffusion_loss(&model, golden);

@@ -9,7 +9,7 @@ use demask_engine::model::{Llama, Precision};
 use demask_tests::gpu;
 use demask_trainer::checkpoint;
 use demask_trainer::metrics::{Metrics, read_metrics};
-use demask_trainer::recipe::Recipe;
+use demask_trainer::recipe::{BlockLength, MomentType, Recipe};
 use demask_trainer::train::{Event, Outcome, Trainer};
 
 /// A folder of small source files: real text, this workspace's own.
@@ -105,7 +105,13 @@ fn an_interrupted_run_is_bit_for_bit_the_unbroken_one() {
     let Some(gpu) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
     corpus(&folder.path().join("corpus"));
-    let recipe = recipe(&folder.path().join("corpus"), "");
+    let mut recipe = recipe(&folder.path().join("corpus"), "");
+    recipe.optimizer.moments = MomentType::Eight;
+    recipe.phase[1].complementary = true;
+    recipe.phase[1].block_length = BlockLength::Steps(vec![(0, 2), (5, 8)]);
+    recipe.validation.every = 5;
+    recipe.validation.prompts = vec!["fn main".into()];
+    recipe.data.held_out = 0.3;
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
     assert!(matches!(run_for(&gpu, &recipe, &whole, u64::MAX), Some(Outcome::Finished(_))));
     // Before the first checkpoint, right after one, in the warm-up of the second phase, near the end.
@@ -116,6 +122,12 @@ fn an_interrupted_run_is_bit_for_bit_the_unbroken_one() {
     let read = |run: &Path| bits(&read_metrics(&run.join("metrics.jsonl")).unwrap());
     assert_eq!(read(&whole).len(), 18);
     assert_eq!(read(&whole), read(&broken));
+    for log in ["validation.jsonl", "samples.jsonl"] {
+        let read = |run: &Path| std::fs::read_to_string(run.join(log)).unwrap();
+        assert!(read(&whole).lines().count() >= 4, "{log}: {}", read(&whole));
+        assert_eq!(read(&whole), read(&broken));
+    }
+    assert!(whole.join("checkpoints/best/model.safetensors").exists());
     let weights = |run: &Path| std::fs::read(run.join("model/model.safetensors")).unwrap();
     assert!(weights(&whole) == weights(&broken), "final weights differ");
     let curve = std::fs::read_to_string(whole.join("curve.svg")).unwrap();

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, Precision, StoredType, Tokenizer, Weights};
-use demask_engine::tensor::Tensor;
+use demask_engine::tensor::{DType, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
@@ -179,32 +179,40 @@ pub fn state(place: &Path) -> Result<TrainerState> {
 pub fn load(gpu: &Gpu, place: &Path) -> Result<(Llama, OptimizerState, Tokenizer)> {
     let model = Llama::load(gpu, place, Precision::F32)?.trainable();
     let tokenizer = Tokenizer::for_model(place, model.config())?;
-    let mut optimizer = OptimizerState::new(&model);
-    optimizer.updates = state(place)?.updates;
+    let state = state(place)?;
+    let mut optimizer = OptimizerState::new(&model, &state.recipe.optimizer);
+    optimizer.updates = state.updates;
     read_moments(&place.join("optimizer.safetensors"), &model, &optimizer)?;
     gpu.sync()?;
     Ok((model, optimizer, tokenizer))
 }
 
-/// Names of a shard's moments.
-fn names(parameter: &str, shard: usize) -> [String; 2] {
-    [format!("{parameter}.{shard}.m"), format!("{parameter}.{shard}.v")]
+/// The optimiser's tensors with their names in the file.
+fn moments<'a>(model: &Llama, optimizer: &'a OptimizerState) -> Vec<(String, &'a Tensor)> {
+    let mut all = Vec::new();
+    for (parameter, shards) in model.parameters().iter().zip(&optimizer.moments) {
+        for (i, moments) in shards.iter().enumerate() {
+            let named = moments.tensors().into_iter();
+            all.extend(named.map(|(part, t)| (format!("{}.{i}.{part}", parameter.name), t)));
+        }
+    }
+    all
+}
+
+fn stored_type(tensor: &Tensor) -> Dtype {
+    if tensor.dtype() == DType::U32 { Dtype::U32 } else { Dtype::F32 }
 }
 
 fn write_moments(path: &Path, model: &Llama, optimizer: &OptimizerState) -> Result<()> {
-    let mut stored: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    for (parameter, shards) in model.parameters().iter().zip(&optimizer.moments) {
-        for (i, moments) in shards.iter().enumerate() {
-            for (name, tensor) in
-                names(&parameter.name, i).into_iter().zip([&moments.m, &moments.v])
-            {
-                stored.push((name, tensor.shape().to_vec(), tensor.to_bytes()?));
-            }
-        }
+    let mut stored = Vec::new();
+    for (name, tensor) in moments(model, optimizer) {
+        stored.push((name, tensor.shape().to_vec(), stored_type(tensor), tensor.to_bytes()?));
     }
     let views = stored
         .iter()
-        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .map(|(name, shape, dtype, bytes)| {
+            Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
+        })
         .collect::<Result<Vec<_>>>()?;
     safetensors::serialize_to_file(views, None, path)
         .with_context(|| format!("cannot write {}", path.display()))?;
@@ -215,32 +223,25 @@ fn write_moments(path: &Path, model: &Llama, optimizer: &OptimizerState) -> Resu
 fn read_moments(path: &Path, model: &Llama, optimizer: &OptimizerState) -> Result<()> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let file = SafeTensors::deserialize(&bytes).with_context(|| format!("{}", path.display()))?;
-    for (parameter, shards) in model.parameters().iter().zip(&optimizer.moments) {
-        for (i, moments) in shards.iter().enumerate() {
-            for (name, tensor) in names(&parameter.name, i).iter().zip([&moments.m, &moments.v]) {
-                let view = file.tensor(name).with_context(|| {
-                    format!(
-                        "{}: {name}; moments are kept per row shard, so resume on a device with the same \
-                         binding limit",
-                        path.display()
-                    )
-                })?;
-                fill(tensor, &view).with_context(|| format!("{}: {name}", path.display()))?;
-            }
-        }
+    for (name, tensor) in moments(model, optimizer) {
+        let view = file.tensor(&name).with_context(|| {
+            format!(
+                "{}: {name}; moments are kept per row shard, so resume on a device with the same \
+                 binding limit",
+                path.display()
+            )
+        })?;
+        ensure!(
+            view.dtype() == stored_type(tensor) && view.shape() == &**tensor.shape(),
+            "{}: {name} is {:?} {:?}, expected {:?} {}",
+            path.display(),
+            view.dtype(),
+            view.shape(),
+            stored_type(tensor),
+            tensor.shape()
+        );
+        tensor.overwrite(view.data());
     }
-    Ok(())
-}
-
-fn fill(tensor: &Tensor, view: &TensorView<'_>) -> Result<()> {
-    ensure!(
-        view.dtype() == Dtype::F32 && view.shape() == &**tensor.shape(),
-        "is {:?} {:?}, expected f32 {}",
-        view.dtype(),
-        view.shape(),
-        tensor.shape()
-    );
-    tensor.overwrite(view.data());
     Ok(())
 }
 

@@ -3,17 +3,42 @@
 use anyhow::Result;
 use demask_engine::autograd::Gradients;
 use demask_engine::model::{Llama, Parameter};
-use demask_engine::ops::{AdamW, adamw_step, grad_norm_within};
+use demask_engine::ops::{AdamW, Moments8, adamw_step, adamw8_step, grad_norm_within};
 use demask_engine::tensor::{DType, Tensor};
 
-use crate::recipe::Optimizer;
+use crate::recipe::{MomentType, Optimizer};
 
 /// Moments of one row shard.
-pub struct Moments {
-    /// First moment.
-    pub m: Tensor,
-    /// Second moment.
-    pub v: Tensor,
+pub enum Moments {
+    /// First and second, in f32: 8 bytes a weight.
+    F32 {
+        /// First moment.
+        m: Tensor,
+        /// Second moment.
+        v: Tensor,
+    },
+    /// 2 bytes a weight.
+    Eight(Moments8),
+}
+
+impl Moments {
+    fn zeros(weight: &Tensor, kind: MomentType) -> Moments {
+        let zeros = || Tensor::zeros(weight.gpu(), weight.shape(), DType::F32, "adamw moment");
+        match kind {
+            MomentType::F32 => Moments::F32 { m: zeros(), v: zeros() },
+            MomentType::Eight => Moments::Eight(Moments8::zeros(weight.gpu(), weight.numel())),
+        }
+    }
+
+    /// What a checkpoint stores, by name.
+    pub fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Moments::F32 { m, v } => vec![("m", m), ("v", v)],
+            Moments::Eight(Moments8 { m, v, scales }) => {
+                vec![("m8", m), ("v8", v), ("scales", scales)]
+            }
+        }
+    }
 }
 
 /// The optimiser's state.
@@ -26,13 +51,10 @@ pub struct OptimizerState {
 
 impl OptimizerState {
     /// Zero moments for every weight of `model`.
-    pub fn new(model: &Llama) -> OptimizerState {
-        let zero = |t: &Tensor| Moments {
-            m: Tensor::zeros(t.gpu(), t.shape(), DType::F32, "adamw moment"),
-            v: Tensor::zeros(t.gpu(), t.shape(), DType::F32, "adamw moment"),
-        };
+    pub fn new(model: &Llama, settings: &Optimizer) -> OptimizerState {
+        let zeros = |shard: &Tensor| Moments::zeros(shard, settings.moments);
         let moments =
-            model.parameters().iter().map(|p| p.shards.iter().map(zero).collect()).collect();
+            model.parameters().iter().map(|p| p.shards.iter().map(zeros).collect()).collect();
         OptimizerState { updates: 0, moments }
     }
 
@@ -58,6 +80,8 @@ impl OptimizerState {
         }
         self.updates += 1;
         let norm_and_scale = grad_norm_within(&all, 1.0, settings.clip, limit);
+        // Names the draws by which a shard's 8-bit moments are rounded.
+        let mut seed = 0;
         for (parameter, moments) in parameters.iter().zip(&self.moments) {
             let options = AdamW {
                 lr: f64::from(lr),
@@ -68,10 +92,16 @@ impl OptimizerState {
                 step: self.updates as u32,
             };
             for (shard, state) in parameter.shards.iter().zip(moments) {
+                seed += 1;
                 // A weight that nothing flowed into (an unused head, say) stays as it is.
-                if let Some(gradient) = gradients.get(shard) {
-                    let Moments { m, v } = state;
-                    adamw_step(shard, gradient, m, v, &norm_and_scale, options, 1.0);
+                let Some(gradient) = gradients.get(shard) else { continue };
+                match state {
+                    Moments::F32 { m, v } => {
+                        adamw_step(shard, gradient, m, v, &norm_and_scale, options, 1.0);
+                    }
+                    Moments::Eight(eight) => {
+                        adamw8_step(shard, gradient, eight, &norm_and_scale, options, 1.0, seed);
+                    }
                 }
             }
         }

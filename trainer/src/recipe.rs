@@ -161,6 +161,20 @@ pub struct Optimizer {
     pub weight_decay: f64,
     /// Largest norm of the whole gradient.
     pub clip: f32,
+    /// How its two moments rest in memory.
+    pub moments: MomentType,
+}
+
+/// How AdamW's moments rest in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MomentType {
+    /// 8 bytes a weight.
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// 2 bytes a weight, rounded at random without bias.
+    #[serde(rename = "8bit")]
+    Eight,
 }
 
 impl Default for Optimizer {
@@ -173,6 +187,7 @@ impl Default for Optimizer {
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
+            moments: MomentType::F32,
         }
     }
 }

@@ -114,7 +114,7 @@ impl Trainer {
             }
             None => {
                 let (model, tokenizer) = start::model(gpu, &recipe, &dataset)?;
-                let optimizer = OptimizerState::new(&model);
+                let optimizer = OptimizerState::new(&model, &recipe.optimizer);
                 (model, optimizer, tokenizer)
             }
         };

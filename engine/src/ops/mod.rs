@@ -8,6 +8,7 @@ mod linear_cross_entropy;
 mod matmul;
 mod norm_linear;
 mod optimizer;
+mod optimizer8;
 mod reduce;
 mod rms_norm;
 mod rope;
@@ -30,6 +31,9 @@ pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
 pub use matmul::{Layout, MatmulKernel, Product, matmul};
 pub use norm_linear::{norm_linear, norm_swiglu};
 pub use optimizer::{AdamW, adamw_step, grad_norm, grad_norm_within};
+#[cfg(feature = "cases")]
+pub use optimizer8::decode_moments;
+pub use optimizer8::{Moments8, adamw8_step};
 pub use reduce::{max, mean, sum, sum_all, sum_to};
 pub use rms_norm::rms_norm;
 pub use rope::{rope, rope_into_cache};
@@ -48,6 +52,7 @@ pub fn cases() -> Vec<case::Case> {
         matmul::cases(),
         norm_linear::cases(),
         optimizer::cases(),
+        optimizer8::cases(),
         reduce::cases(),
         rms_norm::cases(),
         rope::cases(),

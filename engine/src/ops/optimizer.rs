@@ -58,6 +58,13 @@ struct NormParams {
 struct AdamWParams {
     quads: u32,
     grad_scale: f32,
+    factors: Factors,
+}
+
+/// What a step's kernels make of [`AdamW`].
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Factors {
     decay: f32,
     rest1: f32,
     beta2: f32,
@@ -65,6 +72,23 @@ struct AdamWParams {
     step: f32,
     bias2: f32,
     eps: f32,
+}
+
+impl AdamW {
+    #[track_caller]
+    pub(super) fn factors(self) -> Factors {
+        let AdamW { lr, beta1, beta2, eps, weight_decay, step } = self;
+        assert!(step > 0, "adamw: steps count from 1");
+        Factors {
+            decay: (1.0 - lr * weight_decay) as f32,
+            rest1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            rest2: (1.0 - beta2) as f32,
+            step: (lr / (1.0 - beta1.powf(f64::from(step)))) as f32,
+            bias2: (1.0 - beta2.powf(f64::from(step))).sqrt() as f32,
+            eps: eps as f32,
+        }
+    }
 }
 
 /// [norm, clip] of all gradients together, each times `grad_scale`. Infinite `max_norm` does not clip.
@@ -129,21 +153,9 @@ pub fn adamw_step(
         assert_eq!(t.dtype(), DType::F32, "adamw_step on {}", t.shape());
     }
     assert_eq!(**norm_clip.shape(), [2], "adamw_step: norm and clip");
-    let AdamW { lr, beta1, beta2, eps, weight_decay, step } = settings;
-    assert!(step > 0, "adamw_step: steps count from 1");
     // A buffer ends with a whole quad, so the last one needs no care.
     let quads = param.numel().div_ceil(4);
-    let params = AdamWParams {
-        quads: quads as u32,
-        grad_scale,
-        decay: (1.0 - lr * weight_decay) as f32,
-        rest1: (1.0 - beta1) as f32,
-        beta2: beta2 as f32,
-        rest2: (1.0 - beta2) as f32,
-        step: (lr / (1.0 - beta1.powf(f64::from(step)))) as f32,
-        bias2: (1.0 - beta2.powf(f64::from(step))).sqrt() as f32,
-        eps: eps as f32,
-    };
+    let params = AdamWParams { quads: quads as u32, grad_scale, factors: settings.factors() };
     ADAMW.run(&params, &[grad, norm_clip], &[param, m, v], fold(quads.div_ceil(256)));
 }
 
@@ -151,16 +163,16 @@ pub fn adamw_step(
 pub use cases::cases;
 
 #[cfg(feature = "cases")]
-mod cases {
+pub(super) mod cases {
     use super::*;
     use crate::ops::case::{Case, Input};
     use crate::ops::scale;
     use crate::tensor::Shape;
     use crate::tensor::host::Array;
 
-    const SCALE: f64 = 0.25;
+    pub(in crate::ops) const SCALE: f64 = 0.25;
 
-    fn norm_and_clip(gradients: &[Array], max_norm: f64) -> [f64; 2] {
+    pub(in crate::ops) fn norm_and_clip(gradients: &[Array], max_norm: f64) -> [f64; 2] {
         let squares = gradients.iter().flat_map(|g| &g.data).map(|g| (SCALE * g) * (SCALE * g));
         let norm = squares.sum::<f64>().sqrt();
         [norm, (max_norm / (norm + 1e-6)).min(1.0)]
@@ -190,11 +202,11 @@ mod cases {
     }
 
     /// By a kernel, so that it is timed like the rest.
-    fn copy(t: &Tensor) -> Tensor {
+    pub(in crate::ops) fn copy(t: &Tensor) -> Tensor {
         scale(&t.detach(), 1.0)
     }
 
-    const SETTINGS: AdamW =
+    pub(in crate::ops) const SETTINGS: AdamW =
         AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3 };
 
     /// One of the three tensors that a step changes.
