@@ -9,7 +9,7 @@ use demask_engine::model::{Llama, Precision};
 use demask_tests::gpu;
 use demask_trainer::checkpoint;
 use demask_trainer::metrics::{Metrics, read_metrics};
-use demask_trainer::recipe::{BlockLength, MomentType, Recipe};
+use demask_trainer::recipe::{BlockLength, Guard, MomentType, Objective, Phase, Recipe};
 use demask_trainer::train::{Event, Outcome, Trainer};
 
 /// A folder of small source files: real text, this workspace's own.
@@ -151,6 +151,89 @@ fn losses_fall_and_the_split_into_micro_batches_does_not_matter() {
     recipe.optimizer.micro_batch = 4;
     for (a, b) in split.iter().zip(losses(&recipe, "whole", 5)) {
         assert!((a - b).abs() < 1e-4 * b.abs(), "{a} split, {b} whole");
+    }
+}
+
+#[test]
+fn a_run_that_diverges_goes_back_and_then_says_so() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    corpus(&folder.path().join("corpus"));
+    let mut recipe = recipe(&folder.path().join("corpus"), "");
+    recipe.guard = Guard { spike: 1.001, window: 2, patience: 2, rollbacks: 1 };
+    recipe.checkpoints.every = 2;
+    let run = folder.path().join("run");
+    let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &go_on).unwrap();
+    let (mut skipped, mut went_back) = (Vec::new(), Vec::new());
+    let mut weights = Vec::new();
+    let outcome = trainer.run(&mut |event| {
+        match event {
+            Event::Step(metrics, _) if metrics.skipped.is_some() => skipped.push(metrics.step),
+            Event::WentBack(step, why) => went_back.push((step, why.to_owned())),
+            Event::Saved(place) => {
+                weights.push(std::fs::read(place.join("model.safetensors")).unwrap())
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    });
+    let error = format!("{:#}", outcome.unwrap_err());
+    assert!(
+        error.contains("after going back 1 times") && error.contains("learning rate"),
+        "{error}"
+    );
+    assert_eq!(went_back.len(), 1);
+    assert!(went_back[0].1.contains("is above"), "{}", went_back[0].1);
+    assert!(went_back[0].0.is_multiple_of(2) && skipped.len() >= 4, "{skipped:?}");
+    let kept = run.join(format!("skipped/step-{:08}.json", skipped[0]));
+    let batch: serde_json::Value = serde_json::from_slice(&std::fs::read(kept).unwrap()).unwrap();
+    assert_eq!(batch["examples"].as_array().unwrap().len(), 4);
+    assert!(batch["examples"][0]["text"].as_str().unwrap().len() > 10);
+    // What is not finite: the same, and the weights stay what they were.
+    let run = folder.path().join("not finite");
+    recipe.guard = Guard { patience: 3, rollbacks: 0, ..Guard::default() };
+    recipe.phase[0].lr = 1e30;
+    let mut trainer = Trainer::open(&gpu, recipe, &run, &go_on).unwrap();
+    let error = format!("{:#}", trainer.run(&mut go_on).unwrap_err());
+    assert!(error.contains("not finite"), "{error}");
+}
+
+#[test]
+fn every_objective_trains_and_is_measured() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    corpus(&folder.path().join("corpus"));
+    let mut recipe = recipe(&folder.path().join("corpus"), "");
+    recipe.validation.every = 20;
+    recipe.data.held_out = 0.3;
+    let all = [
+        Objective::Ar,
+        Objective::BlockDiffusion,
+        Objective::FullDiffusion,
+        Objective::CausalDiffusion,
+    ];
+    for objective in all {
+        for document_mask in [false, true] {
+            recipe.data.document_mask = document_mask;
+            recipe.phase = vec![Phase { corruption_warmup: 3, ..Phase::new(objective, 40, 1e-2) }];
+            let run = folder.path().join(format!("{} {document_mask}", objective.name()));
+            let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &go_on).unwrap();
+            let mut validated = Vec::new();
+            trainer
+                .run(&mut |event| {
+                    if let Event::Validated(all) = event {
+                        validated.extend(all.iter().filter(|v| v.text == "held_out").cloned());
+                    }
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            let [first, last] = &validated[..] else { panic!("{validated:?}") };
+            // ln 300 = 5.7 before anything is learnt.
+            assert!(last.loss.is_finite() && last.ce < 4.5 && first.tokens > 200, "{validated:?}");
+            let metrics = read_metrics(&run.join("metrics.jsonl")).unwrap();
+            let rates = metrics.iter().filter(|m| !m.ce_by_rate.is_empty()).count();
+            assert_eq!(rates > 30, objective.is_diffusion(), "{rates} steps with rates");
+        }
     }
 }
 
