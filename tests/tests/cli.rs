@@ -68,7 +68,47 @@ fn help_teaches_and_is_a_success() {
         let wide = help.lines().find(|l| l.chars().count() > 100);
         assert_eq!(wide, None, "{command}");
     }
+    for command in [&["data", "build"][..], &["data", "show"], &["tokenizer", "train"], &["report"]]
+    {
+        let output = demask(&[command, &["--help"]].concat());
+        let help = text(&output.stdout);
+        assert!(output.status.success() && help.contains("--json"), "{command:?}");
+        assert_eq!(help.lines().find(|l| l.chars().count() > 100), None, "{command:?}");
+    }
+    assert!(text(&demask(&["data", "--help"]).stdout).contains("Examples:"));
     assert!(text(&demask(&["--version"]).stdout).starts_with("demask "));
+}
+
+/// Text becomes a tokenizer, a dataset, and a model that was trained on it.
+#[test]
+fn text_becomes_a_tokenizer_and_a_dataset() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::create_dir_all(folder.path().join("code/a")).unwrap();
+    std::fs::write(folder.path().join("code/a/x.rs"), include_str!("cli.rs")).unwrap();
+    std::fs::write(folder.path().join("code/a/y.rs"), include_str!("ops.rs")).unwrap();
+    let chat = r#"{"prompt": "say hello", "response": "hello"}"#;
+    std::fs::write(folder.path().join("chat.jsonl"), chat).unwrap();
+    let (code, tokenizer, out) = (at("code"), at("tokenizer"), at("data"));
+    let train = ["tokenizer", "train", &code, "--vocab-size", "400", "--out", &tokenizer, "--json"];
+    assert_eq!(json(&demask(&train))["vocab_size"], 400);
+    fails(&["data", "build", &code, "--out", &out], "--tokenizer");
+    let build = ["data", "build", &code, "--tokenizer", &tokenizer, "--out", &out, "--json"];
+    let made = json(&demask(&build));
+    assert_eq!(made["sources"][0]["train"]["documents"], 2);
+    let again = json(&demask(&build));
+    assert_eq!(made["sources"], again["sources"]);
+    let shown = text(&demask(&["data", "show", &out, "--documents", "1"]).stdout);
+    assert!(shown.contains("kept") && shown.contains("The binary as people"), "{shown}");
+    let recipe = format!(
+        "tokenizer = {tokenizer:?}\n[[source]]\nname = \"chat\"\npaths = [{:?}]\nformat = \"prompt_response\"\n",
+        at("chat.jsonl")
+    );
+    std::fs::write(folder.path().join("chat.toml"), recipe).unwrap();
+    let made = json(&demask(&["data", "build", &at("chat.toml"), "--out", &at("chat"), "--json"]));
+    let train = &made["sources"][0]["train"];
+    assert!(train["learnt"].as_u64() < train["tokens"].as_u64(), "{train}");
+    fails(&["data", "show", &at("nothing")], "demask data build");
 }
 
 #[test]
