@@ -326,7 +326,7 @@ fn train_stops_resumes_and_leaves_a_model() {
                 heads = 2\nkv_heads = 1\n[data]\npaths = ['code']\nlength = 32\n\
                 [optimizer]\nbatch = 2\nmicro_batch = 2\n\
                 [[phase]]\nobjective = 'ar'\nsteps = 2\nlr = 1e-3\n\
-                [[phase]]\nobjective = 'diffusion'\nsteps = 2\nlr = 1e-3\nblock_length = 4\n";
+                [[phase]]\nobjective = 'block_diffusion'\nsteps = 2\nlr = 1e-3\nblock_length = 4\n";
     std::fs::write(&recipe, toml).unwrap();
     let recipe = recipe.display().to_string();
     let run = |out: &str, options: &[&str]| {
