@@ -1,5 +1,5 @@
-//! What a week of training must survive: SIGKILL at any moment, also while a checkpoint is written, a full disk, Ctrl-C,
-//! and steps that go wrong. Here the program itself is started and killed; `training.rs` looks from inside.
+//! What a week of training must survive: SIGKILL at any moment, also while a checkpoint is written, a full disk,
+//! Ctrl-C, and steps that go wrong. Here the program itself is started and killed; `training.rs` looks from inside.
 #![cfg(unix)]
 
 use std::path::{Path, PathBuf};
