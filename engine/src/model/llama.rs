@@ -8,9 +8,11 @@ use std::rc::Rc;
 
 use super::cache::KvCache;
 use super::config::LlamaConfig;
+use super::lora::{Decoding, Lora};
 use super::parameter::{
     Fresh, Parameter, Precision, Source, Stored, joined, parameter, saved_type, widen,
 };
+use super::projection::{Adapter, Projection};
 use super::save::{SaveTensor, save_model};
 use super::tokenizer::Tokenizer;
 use super::weights::{StoredType, Weights};
@@ -18,8 +20,8 @@ use crate::Result;
 use crate::autograd::{checkpoint, without_recording};
 use crate::gpu::Gpu;
 use crate::ops::{
-    self, AttentionOptions, Mask, attention, embedding, linear, linear_onto, norm_linear,
-    norm_swiglu, rms_norm, rope, rope_into_cache, swiglu,
+    self, AttentionOptions, Mask, attention, embedding, linear, norm_linear, norm_swiglu, rms_norm,
+    rope, rope_into_cache, swiglu,
 };
 use crate::tensor::Tensor;
 use crate::tensor::stored::encode;
@@ -38,14 +40,14 @@ pub struct Llama {
 
 struct Layer {
     input_norm: Parameter,
-    q: Parameter,
-    k: Parameter,
-    v: Parameter,
-    o: Parameter,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Projection,
     post_norm: Parameter,
-    gate: Parameter,
-    up: Parameter,
-    down: Parameter,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
     /// q, k and v, which decoding multiplies by at once: one tensor where they share memory, else their shards.
     qkv: Vec<Tensor>,
     /// Gate and up as one tensor, where they share memory.
@@ -120,14 +122,14 @@ impl Llama {
             let ([gate, up], gate_up) = joined(gpu, &mut source, names, &shapes)?;
             layers.push(Rc::new(Layer {
                 input_norm,
-                q,
-                k,
-                v,
-                o,
+                q: Projection::new(q),
+                k: Projection::new(k),
+                v: Projection::new(v),
+                o: Projection::new(o),
                 post_norm,
-                gate,
-                up,
-                down: part(&mut source, "mlp.down_proj")?,
+                gate: Projection::new(gate),
+                up: Projection::new(up),
+                down: Projection::new(part(&mut source, "mlp.down_proj")?),
                 qkv,
                 gate_up,
                 heads: config.num_attention_heads,
@@ -146,17 +148,60 @@ impl Llama {
         Ok(Llama { gpu, config, inv_freq, embed, layers, norm, head })
     }
 
-    /// This model with every weight a trainable leaf. The weights must be f32.
+    /// This model with every weight a trainable leaf, or with the adapter's alone if it has one. Weights that are
+    /// trained must be f32.
     pub fn trainable(mut self) -> Llama {
-        let leaf = |p: &mut Parameter| p.shards.iter_mut().for_each(|t| *t = t.trainable());
-        leaf(&mut self.embed);
+        let adapted = self.has_adapter();
         for layer in &mut self.layers {
             let layer = Rc::get_mut(layer).expect("no forward pass is open");
-            layer.parameters_mut().into_iter().for_each(leaf);
+            for projection in layer.projections_mut() {
+                projection.adapter.as_mut().map(Adapter::train);
+            }
+            if !adapted {
+                layer.parameters_mut().into_iter().for_each(leaf);
+            }
         }
-        leaf(&mut self.norm);
-        self.head.as_mut().map(leaf);
+        if !adapted {
+            leaf(&mut self.embed);
+            leaf(&mut self.norm);
+            self.head.as_mut().map(leaf);
+        }
         self
+    }
+
+    /// This model with an adapter over its weights, which may be of any type.
+    pub fn adapted(mut self, lora: &Lora) -> Result<Llama> {
+        lora.check(&self.config)?;
+        for layer in &mut self.layers {
+            let layer = Rc::get_mut(layer).expect("no forward pass is open");
+            for projection in layer.projections_mut() {
+                let name = projection.weight.name.trim_end_matches(".weight");
+                if let Some(low) = lora.modules.get(name) {
+                    projection.adapt(&self.gpu, low, lora)?;
+                }
+            }
+        }
+        lora.decoding.apply(&mut self.config);
+        self.gpu.sync()?;
+        Ok(self)
+    }
+
+    /// Its adapter as it stands, on the host; `None` if it has none.
+    pub fn adapter(&self) -> Result<Option<Lora>> {
+        let mut lora: Option<Lora> = None;
+        for projection in self.layers.iter().flat_map(|layer| layer.projections()) {
+            let Some(adapter) = &projection.adapter else { continue };
+            let name = projection.weight.name.trim_end_matches(".weight").to_owned();
+            let decoding = Decoding::of(&self.config);
+            let lora = lora.get_or_insert_with(|| adapter.empty(decoding));
+            lora.modules.insert(name, adapter.read()?);
+        }
+        Ok(lora)
+    }
+
+    /// Whether an adapter lies over its weights.
+    pub fn has_adapter(&self) -> bool {
+        self.layers.iter().flat_map(|layer| layer.projections()).any(|p| p.adapter.is_some())
     }
 
     /// What the model is.
@@ -178,6 +223,15 @@ impl Llama {
     pub fn parameters(&self) -> Vec<&Parameter> {
         let layers = self.layers.iter().flat_map(|l| l.parameters());
         [&self.embed].into_iter().chain(layers).chain([&self.norm]).chain(&self.head).collect()
+    }
+
+    /// What an optimiser moves: the adapter's tensors if it has one, else [`Llama::parameters`].
+    pub fn trained(&self) -> Vec<&Parameter> {
+        if !self.has_adapter() {
+            return self.parameters();
+        }
+        let all = self.layers.iter().flat_map(|layer| layer.projections());
+        all.filter_map(|p| p.adapter.as_ref()).flat_map(Adapter::parameters).collect()
     }
 
     /// What decoding multiplies by instead of by q, k, v, gate and up alone.
@@ -275,13 +329,24 @@ impl Llama {
 }
 
 impl Layer {
+    fn projections(&self) -> [&Projection; 7] {
+        let Layer { q, k, v, o, gate, up, down, .. } = self;
+        [q, k, v, o, gate, up, down]
+    }
+
+    fn projections_mut(&mut self) -> [&mut Projection; 7] {
+        let Layer { q, k, v, o, gate, up, down, .. } = self;
+        [q, k, v, o, gate, up, down]
+    }
+
     fn parameters(&self) -> [&Parameter; 9] {
-        let Layer { input_norm, q, k, v, o, post_norm, gate, up, down, .. } = self;
-        [input_norm, q, k, v, o, post_norm, gate, up, down]
+        let [q, k, v, o, gate, up, down] = self.projections().map(|p| &p.weight);
+        [&self.input_norm, q, k, v, o, &self.post_norm, gate, up, down]
     }
 
     fn parameters_mut(&mut self) -> [&mut Parameter; 9] {
         let Layer { input_norm, q, k, v, o, post_norm, gate, up, down, .. } = self;
+        let [q, k, v, o, gate, up, down] = [q, k, v, o, gate, up, down].map(|p| &mut p.weight);
         [input_norm, q, k, v, o, post_norm, gate, up, down]
     }
 
@@ -295,27 +360,46 @@ impl Layer {
     ) -> Tensor {
         let [b, t] = [x.shape()[0], x.shape()[1]];
         let h = rms_norm(x, &self.input_norm.shards[0], self.eps);
-        let heads = |w: &Parameter, n| linear(&h, &w.shards).reshape([b, t, n, self.head_dim]);
+        let heads = |w: &Projection, n| w.forward(&h).reshape([b, t, n, self.head_dim]);
         let q = rope(&heads(&self.q, self.heads), positions, inv_freq);
         let k = rope(&heads(&self.k, self.kv_heads), positions, inv_freq);
         let v = heads(&self.v, self.kv_heads);
         let a = attention(&q, &k, &v, options).reshape([b, t, self.heads * self.head_dim]);
-        let x = linear_onto(x, &a, &self.o.shards);
+        let x = self.o.onto(x, &a);
         let h = rms_norm(&x, &self.post_norm.shards[0], self.eps);
-        let f = swiglu(&linear(&h, &self.gate.shards), &linear(&h, &self.up.shards));
-        linear_onto(&x, &f, &self.down.shards)
+        let f = swiglu(&self.gate.forward(&h), &self.up.forward(&h));
+        self.down.onto(&x, &f)
     }
 
     /// The same block in fewer dispatches, without gradients, on one sequence and its cache: x [T, D] → [T, D].
     fn decode(&self, x: &Tensor, step: &Step<'_>, (keys, values): (&Tensor, &Tensor)) -> Tensor {
         let t = x.shape()[0];
-        let qkv = norm_linear(x, (&self.input_norm.shards[0], self.eps), &self.qkv);
+        let norm = (&self.input_norm.shards[0], self.eps);
+        let qkv = match [&self.q, &self.k, &self.v] {
+            plain if plain.iter().all(|p| p.adapter.is_none()) => norm_linear(x, norm, &self.qkv),
+            adapted => {
+                let h = rms_norm(x, norm.0, norm.1);
+                ops::beside(&adapted.map(|p| p.forward(&h)))
+            }
+        };
         let q = rope_into_cache(&qkv, step.inv_freq, step.start, keys, values);
         let a = attention(&q, keys, values, &step.options).reshape([t, self.heads * self.head_dim]);
-        let x = linear_onto(x, &a, &self.o.shards);
+        let x = self.o.onto(x, &a);
         let norm = (&self.post_norm.shards[0], self.eps);
-        let (gate, up) = (&self.gate.shards, &self.up.shards);
-        let f = norm_swiglu(&x, norm, gate, up, self.gate_up.as_ref());
-        linear_onto(&x, &f, &self.down.shards)
+        let f = match [&self.gate, &self.up] {
+            plain @ [gate, up] if plain.iter().all(|p| p.adapter.is_none()) => {
+                let (gate, up) = (&gate.weight.shards, &up.weight.shards);
+                norm_swiglu(&x, norm, gate, up, self.gate_up.as_ref())
+            }
+            [gate, up] => {
+                let h = rms_norm(&x, norm.0, norm.1);
+                swiglu(&gate.forward(&h), &up.forward(&h))
+            }
+        };
+        self.down.onto(&x, &f)
     }
+}
+
+fn leaf(parameter: &mut Parameter) {
+    parameter.shards.iter_mut().for_each(|shard| *shard = shard.trainable());
 }

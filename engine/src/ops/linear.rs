@@ -93,6 +93,24 @@ fn copy_columns(from: &Tensor, to: &Tensor, narrow: usize, start: usize, out: bo
     COLUMNS.with(&[("OUT", u32::from(out))]).run(&params, &[from], &[to], grid);
 }
 
+/// Matrices [T, O_i] beside each other: [T, Σ O_i]. Not differentiable.
+///
+/// # Panics
+/// If there is none, or their rows differ in number.
+#[track_caller]
+pub fn beside(parts: &[Tensor]) -> Tensor {
+    let rows = parts[0].shape().matrix()[0];
+    assert!(parts.iter().all(|p| p.shape().matrix()[0] == rows), "beside: {parts:?}");
+    let wide: usize = parts.iter().map(|p| p.shape().last()).sum();
+    let y = Tensor::empty(parts[0].gpu(), [rows, wide], DType::F32, "beside");
+    let mut start = 0;
+    for part in parts {
+        copy_columns(part, &y, part.shape().last(), start, false);
+        start += part.shape().last();
+    }
+    y.record_none("beside", &parts.iter().collect::<Vec<_>>())
+}
+
 /// Rows first .. first + n of x: [T, D]. Not differentiable.
 ///
 /// # Panics

@@ -26,7 +26,7 @@ pub use elementwise::{
     square, sub, tanh,
 };
 pub use embedding::embedding;
-pub use linear::{linear, linear_onto, rows};
+pub use linear::{beside, linear, linear_onto, rows};
 pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
 pub use matmul::{Layout, MatmulKernel, Product, matmul};
 pub use norm_linear::{norm_linear, norm_swiglu};

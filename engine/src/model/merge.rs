@@ -1,0 +1,106 @@
+//! New models of old ones, on the host and row by row: a base with an adapter in its weights, the mean of checkpoints.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::config::LlamaConfig;
+use super::lora::Lora;
+use super::parameter::saved_type;
+use super::save::{SaveTensor, Sink, save_model};
+use super::tokenizer::Tokenizer;
+use super::weights::{StoredType, Weights};
+use crate::tensor::stored::encode;
+use crate::{Error, Result};
+
+/// Rows of a weight that are in memory at once.
+const ROWS: usize = 256;
+
+/// Hears after each tensor what share is done.
+pub type Hear<'a> = &'a mut dyn FnMut(f64);
+
+/// Writes the model in `base` with the adapter in its weights to the folder `out`.
+pub fn merge(
+    base: &Path,
+    lora: &Lora,
+    out: &Path,
+    dtype: StoredType,
+    hear: Hear<'_>,
+) -> Result<()> {
+    let (mut config, weights) = Weights::open(base)?;
+    lora.check(&config)?;
+    let tokenizer = Tokenizer::for_model(base, &config)?;
+    lora.decoding.apply(&mut config);
+    let rows = |name: &str, range: Range<usize>| {
+        let mut values = weights.rows_f32(name, range.clone())?;
+        if let Some(module) = name.strip_suffix(".weight").and_then(|m| lora.modules.get(m)) {
+            let columns = values.len() / range.len().max(1);
+            for (row, o) in values.chunks_mut(columns.max(1)).zip(range) {
+                lora.merge_row(module, o, row);
+            }
+        }
+        Ok(values)
+    };
+    write(out, &config, dtype, &tokenizer, hear, rows)
+}
+
+/// Writes the mean of models of one shape, weight by weight, to the folder `out`, with the configuration and the
+/// tokenizer of the first.
+pub fn average(models: &[PathBuf], out: &Path, dtype: StoredType, hear: Hear<'_>) -> Result<()> {
+    let opened = models.iter().map(|m| Weights::open(m)).collect::<Result<Vec<_>>>()?;
+    let Some((config, _)) = opened.first() else {
+        return Err(Error::Request("there is no model to average".into()));
+    };
+    for (path, (other, _)) in models.iter().zip(&opened) {
+        if other.parameters() != config.parameters() {
+            let reason = format!("its shape differs from that of {}", models[0].display());
+            return Err(Error::model(path, reason));
+        }
+    }
+    let tokenizer = Tokenizer::for_model(&models[0], config)?;
+    let rows = |name: &str, range: Range<usize>| {
+        let mut mean: Vec<f64> = Vec::new();
+        for (_, weights) in &opened {
+            let values = weights.rows_f32(name, range.clone())?;
+            mean.resize(values.len(), 0.0);
+            mean.iter_mut().zip(values).for_each(|(m, v)| *m += f64::from(v));
+        }
+        Ok(mean.iter().map(|m| (m / opened.len() as f64) as f32).collect())
+    };
+    write(out, config, dtype, &tokenizer, hear, rows)
+}
+
+/// The type a model is written in where nobody says: its own, or bf16 for one of quantised blocks.
+pub fn written_type(model: &Path) -> Result<StoredType> {
+    let (config, weights) = Weights::open(model)?;
+    let all = config.parameters();
+    let matrix = all.iter().find(|(_, shape)| shape.len() == 2).map_or("", |(name, _)| name);
+    Ok(match weights.dtype(matrix) {
+        own @ (StoredType::F32 | StoredType::F16 | StoredType::BF16) => own,
+        _ => StoredType::BF16,
+    })
+}
+
+fn write(
+    out: &Path,
+    config: &LlamaConfig,
+    dtype: StoredType,
+    tokenizer: &Tokenizer,
+    hear: Hear<'_>,
+    mut rows: impl FnMut(&str, Range<usize>) -> Result<Vec<f32>>,
+) -> Result<()> {
+    let parameters = config.parameters().into_iter();
+    let tensors: Vec<SaveTensor> =
+        parameters.map(|(name, shape)| SaveTensor { name, shape, dtype }).collect();
+    let mut done = 0;
+    let fill = |tensor: &SaveTensor, sink: &mut Sink<'_>| {
+        let (n, columns) = (tensor.shape[0], tensor.shape[1..].iter().product());
+        for first in (0..n).step_by(ROWS) {
+            let values = rows(&tensor.name, first..(first + ROWS).min(n))?;
+            sink(&encode(&values, columns, saved_type(dtype)))?;
+        }
+        done += 1;
+        hear(f64::from(done) / tensors.len() as f64);
+        Ok(())
+    };
+    save_model(out, config, &tensors, fill, &tokenizer.files()?)
+}
