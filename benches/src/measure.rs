@@ -99,18 +99,7 @@ impl Session {
         } else {
             Clock::Wall
         };
-        let mut n = 64;
-        let fma = loop {
-            let control = Control::fma(&gpu, n);
-            control.run();
-            gpu.sync()?;
-            let one = time(&gpu, clock, 1, || control.run())?;
-            if one > 0.7 * CONTROL || n >= 1 << 16 {
-                control.check()?;
-                break (control, repeats(CONTROL, one));
-            }
-            n *= 2;
-        };
+        let fma = sized(&gpu, clock)?;
         let control = Control::copy(&gpu, false);
         control.run();
         control.check()?;
@@ -183,18 +172,11 @@ impl Session {
 
     /// What the controls reach at their best, in the device's own time where it has timestamps.
     pub fn limits(&self) -> Result<Limits> {
-        let best = |control: &Control, calls: u32| -> Result<f64> {
-            control.run();
-            let mut shortest = f64::INFINITY;
-            for _ in 0..7 {
-                let t = times(&self.gpu, calls, || control.run())?;
-                shortest = shortest.min(t.device.unwrap_or(t.wall));
-            }
-            control.check()?;
-            Ok(control.amount() / shortest / 1e9)
-        };
         let copy = Control::copy(&self.gpu, true);
-        Ok(Limits { gflops: best(&self.fma.0, self.fma.1)?, gbytes: best(&copy, 1)? })
+        Ok(Limits {
+            gflops: best(&self.gpu, &self.fma.0, self.fma.1)? / 1e9,
+            gbytes: best(&self.gpu, &copy, 1)? / 1e9,
+        })
     }
 
     /// All clocks, for the record; the decisive one is in every sample.
@@ -207,6 +189,41 @@ impl Session {
         let same = read(&(prepared.work.run)())? == prepared.result;
         Ok(same.then_some(()).ok_or_else(|| "the result changed between two calls".into()))
     }
+}
+
+/// Floating-point operations of f32 that the device does in a second at most, as multiply-adds in registers. Takes some
+/// tens of milliseconds.
+pub fn multiply_adds(gpu: &Gpu) -> Result<f64> {
+    let (control, calls) = sized(gpu, Clock::Wall)?;
+    best(gpu, &control, calls)
+}
+
+/// Multiply-adds that take long enough to be timed, with the calls of one sample.
+fn sized(gpu: &Gpu, clock: Clock) -> Result<(Control, u32)> {
+    let mut n = 64;
+    loop {
+        let control = Control::fma(gpu, n);
+        control.run();
+        gpu.sync()?;
+        let one = time(gpu, clock, 1, || control.run())?;
+        if one > 0.7 * CONTROL || n >= 1 << 16 {
+            control.check()?;
+            return Ok((control, repeats(CONTROL, one)));
+        }
+        n *= 2;
+    }
+}
+
+/// Amount a second of the best of seven samples.
+fn best(gpu: &Gpu, control: &Control, calls: u32) -> Result<f64> {
+    control.run();
+    let mut shortest = f64::INFINITY;
+    for _ in 0..7 {
+        let t = times(gpu, calls, || control.run())?;
+        shortest = shortest.min(t.device.unwrap_or(t.wall));
+    }
+    control.check()?;
+    Ok(control.amount() / shortest)
 }
 
 fn read(outputs: &[demask_engine::tensor::Tensor]) -> Result<Vec<Vec<u8>>> {

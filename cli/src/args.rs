@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use demask_engine::gpu::{ADAPTER_ENV, Gpu, GpuOptions};
-use demask_engine::model::Precision;
+use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, Weights};
 
 use crate::ui::Notices;
 
@@ -19,6 +19,13 @@ pub struct Common {
     #[arg(long, value_name = "ADAPTER")]
     pub adapter: Option<String>,
 
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// How much to say, and in what form.
+#[derive(Args)]
+pub struct Output {
     /// Print the result as one JSON object on stdout
     #[arg(long)]
     pub json: bool,
@@ -28,10 +35,17 @@ pub struct Common {
     pub quiet: bool,
 }
 
-impl Common {
+impl Output {
     /// The channel for notices.
     pub fn notices(&self) -> Notices {
         Notices::new(self.quiet)
+    }
+}
+
+impl Common {
+    /// The channel for notices.
+    pub fn notices(&self) -> Notices {
+        self.output.notices()
     }
 
     /// The device, for exact products; a software adapter is announced.
@@ -73,6 +87,10 @@ pub struct ModelArgs {
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
 
+    /// Adapter in PEFT's format (adapter_config.json, adapter_model.safetensors) to lay over the model
+    #[arg(long, value_name = "DIR")]
+    pub lora: Option<PathBuf>,
+
     /// Type of the weight matrices in device memory; sums are always f32
     #[arg(long, value_enum, default_value = "stored", value_name = "TYPE")]
     pub precision: PrecisionArg,
@@ -82,6 +100,40 @@ pub struct ModelArgs {
     /// Activations beyond 65504 overflow: for models that are known to run in half precision.
     #[arg(long)]
     pub f16_products: bool,
+}
+
+/// A model on disk that was looked into, with its adapter.
+pub struct Opened {
+    /// Of the model with its adapter.
+    pub config: LlamaConfig,
+    weights: Weights,
+    lora: Option<Lora>,
+    precision: Precision,
+}
+
+impl ModelArgs {
+    /// Opens the model's files.
+    pub fn open(&self) -> Result<Opened> {
+        let (mut config, weights) = Weights::open(&self.model)?;
+        let lora = self.lora.as_deref().map(Lora::read).transpose()?;
+        if let Some(lora) = &lora {
+            lora.check(&config)?;
+            lora.decoding.apply(&mut config);
+        }
+        Ok(Opened { config, weights, lora, precision: self.precision.into() })
+    }
+}
+
+impl Opened {
+    /// Uploads it.
+    pub fn load(&self, gpu: &Gpu) -> Result<Llama> {
+        let base = Llama::from_weights(gpu, &self.config, &self.weights, self.precision)
+            .with_context(|| format!("loading {}", self.weights.path().display()))?;
+        Ok(match &self.lora {
+            None => base,
+            Some(lora) => base.adapted(lora)?,
+        })
+    }
 }
 
 /// [`Precision`] by name.

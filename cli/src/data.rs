@@ -14,6 +14,7 @@ use demask_trainer::data::shards::{Dataset, Shard};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
+use crate::args::Output;
 use crate::ui::Notices;
 use crate::{interrupt, ui};
 
@@ -79,13 +80,8 @@ struct BuildArgs {
     #[arg(long, value_name = "FILE")]
     against: Vec<PathBuf>,
 
-    /// Print the result as one JSON object on stdout
-    #[arg(long)]
-    json: bool,
-
-    /// No notices and no progress on stderr, only errors
-    #[arg(long, short)]
-    quiet: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// What a dataset holds
@@ -122,7 +118,7 @@ pub fn corpus_recipe(paths: &[PathBuf], root: Option<&Path>) -> Result<CorpusRec
 
 fn run_build(args: BuildArgs) -> Result<ExitCode> {
     interrupt::listen("leaving after the files in work; the same command goes on");
-    let notices = Notices::new(args.quiet);
+    let notices = args.output.notices();
     let mut recipe = corpus_recipe(&args.paths, args.root.as_deref())?;
     if !args.against.is_empty() {
         let empty = Decontaminate { against: Vec::new(), words: 13 };
@@ -141,9 +137,9 @@ fn run_build(args: BuildArgs) -> Result<ExitCode> {
         !interrupt::asked()
     };
     let dataset = build(&recipe, &vocabulary, &args.out, &hear)?;
-    bar.bar.finish_and_clear();
+    bar.finish();
     let seconds = began.elapsed();
-    if args.json {
+    if args.output.json {
         ui::print_json(&summary(&dataset, Some(seconds)))?;
     } else {
         print_summary(&dataset)?;
@@ -153,14 +149,14 @@ fn run_build(args: BuildArgs) -> Result<ExitCode> {
 }
 
 /// One bar for both passes; the first takes about a tenth of the time.
-struct Bar {
+pub struct Bar {
     bar: ProgressBar,
     notices: Notices,
     last_line: Mutex<Instant>,
 }
 
 impl Bar {
-    fn new(notices: Notices) -> Bar {
+    pub fn new(notices: Notices) -> Bar {
         let target = match notices.animated() {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::hidden(),
@@ -174,7 +170,11 @@ impl Bar {
         Bar { bar, notices, last_line: Mutex::new(Instant::now()) }
     }
 
-    fn show(&self, progress: Progress) {
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    pub fn show(&self, progress: Progress) {
         let (what, done, total) = match progress {
             Progress::Reading(done, total) => ("choosing documents", done, total),
             Progress::Writing(done, total) => ("writing tokens", done, total),

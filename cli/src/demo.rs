@@ -101,7 +101,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let gpu = args.common.open_gpu()?;
     let model = Llama::from_weights(&gpu, &config, &weights, Precision::Stored)?;
     let software = gpu.adapter().is_software();
-    let stage = Stage { json: args.common.json, software, tokenizer, options };
+    let stage = Stage { json: args.common.output.json, software, tokenizer, options };
     stage.introduce(&gpu, &path, &config)?;
 
     let language = sources.language;
@@ -129,7 +129,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let after = stage.show(trainer.model(), language)?;
 
     let kept = args.keep.as_ref().map(|_| learnt.checkpoint.display().to_string());
-    if args.common.json {
+    if args.common.output.json {
         ui::print_json(&json!({
             "adapter": gpu.adapter().describe(),
             "model": path.display().to_string(),
@@ -192,6 +192,7 @@ fn recipe(
     Ok(Recipe {
         seed,
         model: ModelSource { from: Some(model), fresh: None, mask_token: None },
+        lora: None,
         data: Data {
             extensions: language.extensions.iter().map(|e| e.to_string()).collect(),
             length: length / block_length * block_length,

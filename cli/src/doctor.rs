@@ -60,7 +60,7 @@ struct Examined {
 pub fn run(args: Args) -> Result<ExitCode> {
     let adapters = pollster::block_on(list());
     let examined = examine(&args, &adapters);
-    if args.common.json {
+    if args.common.output.json {
         ui::print_json(&as_json(&adapters, &examined))?;
     } else {
         ui::print(&adapter_table(&adapters, &examined))?;

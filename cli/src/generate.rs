@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Generation, Mode, Schedule};
-use demask_engine::model::{Llama, LlamaConfig, Tokenizer, Weights};
+use demask_engine::model::{Llama, LlamaConfig, Tokenizer};
 use demask_engine::tune;
 use serde_json::json;
 
@@ -110,31 +110,30 @@ enum ModeArg {
 pub fn run(args: Args) -> Result<ExitCode> {
     interrupt::listen("printing what there is");
     let path = &args.model.model;
-    let (config, weights) = Weights::open(path)?;
-    let tokenizer = Tokenizer::for_model(path, &config)?;
+    let model = args.model.open()?;
+    let tokenizer = Tokenizer::for_model(path, &model.config)?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(text), _) => text.clone(),
         (None, Some(file)) => read_text(file)?,
         (None, None) => crate::usage("generate", "give --prompt or --prompt-file"),
     };
     let ids = tokenizer.encode(&prompt, true)?;
-    let options = args.options(&config, ids.len())?;
+    let options = args.options(&model.config, ids.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;
-    let llama = Llama::from_weights(&gpu, &config, &weights, args.model.precision.into())
-        .with_context(|| format!("loading {}", path.display()))?;
+    let llama = model.load(&gpu)?;
 
     let rows = [1, pass_rows(&options), ids.len().clamp(1, 512)];
     let products = tune::products(&llama, &rows, false);
     args.tune.prepare(&gpu, &products, args.common.notices())?;
 
-    let output = match (args.common.json, args.show && ui::stdout_is_terminal()) {
+    let output = match (args.common.output.json, args.show && ui::stdout_is_terminal()) {
         (true, _) => Output::Nothing,
         (false, true) => Output::Live(Duration::ZERO),
         (false, false) => Output::Stream,
     };
     let generation = stream(&llama, &tokenizer, &prompt, &ids, &options, output)?;
     let mode = mode_name(&options.mode);
-    if args.common.json {
+    if args.common.output.json {
         let Generation { prompt_token_ids, token_ids, forwards, seconds, .. } = &generation;
         let n = token_ids.len() as f64;
         ui::print_json(&json!({

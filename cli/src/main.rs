@@ -12,6 +12,7 @@ mod demo;
 mod doctor;
 mod generate;
 mod interrupt;
+mod merge;
 mod report;
 mod score;
 mod show;
@@ -34,6 +35,7 @@ First steps:
   demask data build src/ --tokenizer MODEL --out data
   demask train recipe.toml --out runs/first
   demask report runs/first
+  demask merge base --lora runs/lora/model --out merged
   demask bench run --json base.json
 
 The best GPU found is used; --adapter or the environment variable DEMASK_ADAPTER
@@ -58,6 +60,7 @@ enum Command {
     Tokenizer(tokenizer::Args),
     Train(train::Args),
     Report(report::Args),
+    Merge(merge::Args),
     Generate(generate::Args),
     Score(score::Args),
     Bench(bench::Args),
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Command::Tokenizer(args) => tokenizer::run(args),
         Command::Train(args) => train::run(args),
         Command::Report(args) => report::run(args),
+        Command::Merge(args) => merge::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Bench(args) => bench::run(args),

@@ -5,9 +5,9 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use demask_engine::decode::{bits_per_byte, perplexity, score};
-use demask_engine::model::{Llama, Tokenizer, Weights};
+use demask_engine::model::Tokenizer;
 use serde_json::json;
 
 use crate::args::{Common, Ids, ModelArgs, read_text};
@@ -66,12 +66,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
         crate::usage("score", "nothing to score: give --text, --file or --ids, or pipe a text in");
     }
     let path = &args.model.model;
-    let (config, weights) = Weights::open(path)?;
+    let model = args.model.open()?;
+    let config = &model.config;
     let (ids, tokenizer) = match &args.ids {
         // A folder without a tokenizer can still be scored by ids.
-        Some(Ids(ids)) => (ids.clone(), Tokenizer::for_model(path, &config).ok()),
+        Some(Ids(ids)) => (ids.clone(), Tokenizer::for_model(path, config).ok()),
         None => {
-            let tokenizer = Tokenizer::for_model(path, &config)?;
+            let tokenizer = Tokenizer::for_model(path, config)?;
             let text = match &args.text {
                 Some(text) => text.clone(),
                 None => read_text(args.file.as_deref().unwrap_or(Path::new("-")))?,
@@ -80,8 +81,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }
     };
     let gpu = args.common.open_gpu_for(&args.model)?;
-    let llama = Llama::from_weights(&gpu, &config, &weights, args.model.precision.into())
-        .with_context(|| format!("loading {}", path.display()))?;
+    let llama = model.load(&gpu)?;
     let logprobs = score(&llama, &ids)?;
     let lost = logprobs.iter().position(|p| p.is_some_and(|p| !p.is_finite()));
     if let Some(at) = lost {
@@ -101,7 +101,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
             Scored { id, text, logprob }
         })
         .collect();
-    if args.common.json {
+    if args.common.output.json {
         let token = |t: &Scored| json!({ "id": t.id, "text": t.text, "logprob": t.logprob });
         ui::print_json(&json!({
             "tokens": tokens.iter().map(token).collect::<Vec<_>>(),

@@ -9,8 +9,9 @@ use clap::Subcommand;
 use demask_trainer::bpe;
 use serde_json::json;
 
+use crate::args::Output;
 use crate::data::corpus_recipe;
-use crate::ui::{self, Notices};
+use crate::ui;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -57,25 +58,20 @@ struct TrainArgs {
     #[arg(long, value_name = "MB", default_value_t = bpe::MOST_BYTES >> 20)]
     most: u64,
 
-    /// Print the result as one JSON object on stdout
-    #[arg(long)]
-    json: bool,
-
-    /// No notices on stderr, only errors
-    #[arg(long, short)]
-    quiet: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
     let Command::Train(args) = args.command;
-    let notices = Notices::new(args.quiet);
+    let notices = args.output.notices();
     let recipe = corpus_recipe(&args.paths, args.root.as_deref())?;
     notices.say("reading text and merging pairs …");
     let began = Instant::now();
     let size = bpe::train(&recipe, args.vocab_size, args.most << 20, &args.out)?;
     let out = args.out.display();
     notices.say(&format!("{size} tokens in {}", ui::duration(began.elapsed())));
-    if args.json {
+    if args.output.json {
         ui::print_json(&json!({"vocab_size": size, "out": out.to_string()}))?;
     } else {
         ui::print(&format!("{out}\n"))?;

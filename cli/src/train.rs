@@ -1,19 +1,23 @@
 //! `demask train`: runs a recipe into a folder, and resumes it from there.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use demask_benches::measure::multiply_adds;
 use demask_engine::tune;
 use demask_trainer::metrics::{Metrics, Validation};
 use demask_trainer::recipe::Recipe;
+use demask_trainer::replay::FailedBatch;
 use demask_trainer::train::{Event, Outcome, Trainer};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::args::Common;
+use crate::data::Bar;
 use crate::tune::TuneArgs;
 use crate::ui::Notices;
 use crate::{interrupt, ui};
@@ -23,6 +27,7 @@ Examples:
   demask train recipe.toml --out runs/first
   demask train recipe.toml --out runs/first        the same again resumes
   demask train recipe.toml --out runs/first --stop-after 1000
+  demask train recipe.toml --out runs/first --replay runs/first/skipped/step-00000120.json
 
 A recipe, short:
   [model.fresh]                  # or: model.from = \"DIR\"
@@ -69,6 +74,10 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     stop_after: Option<u64>,
 
+    /// Run a batch from the run's skipped/ again with the newest checkpoint, moving nothing
+    #[arg(long, value_name = "FILE.json", conflicts_with = "stop_after")]
+    replay: Option<PathBuf>,
+
     #[command(flatten)]
     tune: TuneArgs,
 
@@ -85,7 +94,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let total = recipe.total_steps();
     let gpu = args.common.open_gpu()?;
     notices.say(&format!("device     {}", gpu.adapter().describe()));
+    let bar = OnceLock::new();
     let mut trainer = Trainer::open(&gpu, recipe, &args.out, &|event| {
+        match event {
+            Event::Preparing(progress) => bar.get_or_init(|| Bar::new(notices)).show(progress),
+            Event::Dataset(_) => bar.get().into_iter().for_each(Bar::finish),
+            _ => {}
+        }
         announce(notices, &event);
         match interrupt::asked() {
             true => ControlFlow::Break(()),
@@ -95,9 +110,15 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let parameters = trainer.model().config().num_parameters();
     notices.say(&format!("model      {} parameters", ui::count(parameters as f64)));
 
+    if let Some(path) = &args.replay {
+        return replay(&trainer, path, args.common.output.json);
+    }
+
     // Rows of a plain pass, and of the two copies of block diffusion.
     let products = tune::products(trainer.model(), &[rows, 2 * rows], true);
     args.tune.prepare(&gpu, &products, notices)?;
+
+    trainer.set_device_flops(multiply_adds(&gpu)?);
 
     let first = trainer.step();
     let mut last = None;
@@ -152,7 +173,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Outcome::Finished(model) => Some(model.clone()),
         Outcome::Stopped(_) => None,
     };
-    if args.common.json {
+    if args.common.output.json {
         ui::print_json(&json!({
             "finished": model.is_some(),
             "step": trainer.step(),
@@ -173,6 +194,35 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }))?;
     } else if let Some(model) = model {
         ui::print(&format!("{}\n", model.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says of a failed batch what it gives now, worst sequences first.
+fn replay(trainer: &Trainer, path: &Path, json: bool) -> Result<ExitCode> {
+    let batch = FailedBatch::read(path)?;
+    let now = trainer.replay(&batch)?;
+    if json {
+        ui::print_json(&json!({
+            "step": batch.step,
+            "why": batch.why,
+            "loss": batch.loss,
+            "grad_norm": batch.grad_norm,
+            "now": now,
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    ui::print(&format!(
+        "step {} failed: {}\nthen            loss {:.4}  gradient norm {:.3e}\nafter step {:<5}loss {:.4}  \
+         gradient norm {:.3e}\n\nnats a token of each sequence, worst first:\n",
+        batch.step, batch.why, batch.loss, batch.grad_norm, now.after, now.loss, now.grad_norm
+    ))?;
+    let mut order: Vec<usize> = (0..batch.examples.len()).collect();
+    let ce = |i: usize| now.sequences[i].unwrap_or(0.0);
+    order.sort_by(|&a, &b| ce(b).total_cmp(&ce(a)));
+    for i in order {
+        let text: String = batch.texts.get(i).map_or("", |t| t).escape_debug().take(80).collect();
+        ui::print(&format!("{:>8.3}  {text}\n", ce(i)))?;
     }
     Ok(ExitCode::SUCCESS)
 }

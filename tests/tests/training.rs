@@ -5,11 +5,15 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Precision};
+use demask_engine::model::merge::merge;
+use demask_engine::model::{Llama, Lora, Precision, StoredType};
 use demask_tests::gpu;
 use demask_trainer::checkpoint;
 use demask_trainer::metrics::{Metrics, read_metrics};
-use demask_trainer::recipe::{BlockLength, Guard, MomentType, Objective, Phase, Recipe};
+use demask_trainer::recipe::{
+    BaseType, BlockLength, Guard, LoraSettings, MomentType, Objective, Phase, Recipe,
+};
+use demask_trainer::replay::FailedBatch;
 use demask_trainer::train::{Event, Outcome, Trainer};
 
 /// A folder of small source files: real text, this workspace's own.
@@ -186,9 +190,14 @@ fn a_run_that_diverges_goes_back_and_then_says_so() {
     assert!(went_back[0].1.contains("is above"), "{}", went_back[0].1);
     assert!(went_back[0].0.is_multiple_of(2) && skipped.len() >= 4, "{skipped:?}");
     let kept = run.join(format!("skipped/step-{:08}.json", skipped[0]));
-    let batch: serde_json::Value = serde_json::from_slice(&std::fs::read(kept).unwrap()).unwrap();
-    assert_eq!(batch["examples"].as_array().unwrap().len(), 4);
-    assert!(batch["examples"][0]["text"].as_str().unwrap().len() > 10);
+    let batch = FailedBatch::read(&kept).unwrap();
+    let now = trainer.replay(&batch).unwrap();
+    assert_eq!((now.sequences.len(), batch.examples.len()), (4, 4));
+    assert!(batch.texts[0].len() > 10, "{:?}", batch.texts);
+    assert!(now.loss.is_finite() && now.sequences.iter().flatten().count() > 0, "{now:?}");
+    let mut damaged = batch.clone();
+    damaged.examples[1].tokens[0] = 1 << 30;
+    assert!(trainer.replay(&damaged).unwrap_err().to_string().contains("damaged"));
     // What is not finite: the same, and the weights stay what they were.
     let run = folder.path().join("not finite");
     recipe.guard = Guard { patience: 3, rollbacks: 0, ..Guard::default() };
@@ -235,6 +244,50 @@ fn every_objective_trains_and_is_measured() {
             assert_eq!(rates > 30, objective.is_diffusion(), "{rates} steps with rates");
         }
     }
+}
+
+#[test]
+fn an_adapter_is_trained_resumed_and_merged() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("corpus");
+    corpus(&text);
+    let base_run = folder.path().join("base");
+    run_for(&gpu, &recipe(&text, ""), &base_run, u64::MAX);
+    let base = base_run.join("model");
+
+    let mut recipe = recipe(&text, "");
+    recipe.model.from = Some(base.clone());
+    recipe.model.fresh = None;
+    recipe.phase.remove(0);
+    recipe.phase[0].steps = 12;
+    recipe.phase[0].corruption_warmup = 0;
+    let settings = LoraSettings { rank: 4, dora: true, base: BaseType::Bf16, ..Default::default() };
+    recipe.lora = Some(settings);
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    run_for(&gpu, &recipe, &whole, u64::MAX);
+    run_for(&gpu, &recipe, &broken, 6);
+    run_for(&gpu, &recipe, &broken, u64::MAX);
+    let metrics = |run: &Path| read_metrics(&run.join("metrics.jsonl")).unwrap();
+    let (a, b) = (metrics(&whole), metrics(&broken));
+    assert_eq!(bits(&a), bits(&b));
+    let adapter = |run: &Path| std::fs::read(run.join("model/adapter_model.safetensors")).unwrap();
+    assert_eq!(adapter(&whole), adapter(&broken));
+
+    // Of a small model every bit counts: what was learnt is in the adapter, and stays when it is merged.
+    let merged = folder.path().join("merged");
+    let lora = Lora::read(&whole.join("model")).unwrap();
+    merge(&base, &lora, &merged, StoredType::F32, &mut |_| {}).unwrap();
+    let ce = |from: &Path| {
+        let mut recipe = recipe.clone();
+        (recipe.lora, recipe.model.from) = (None, Some(from.to_owned()));
+        recipe.data.held_out = 0.3;
+        let run = tempfile::tempdir().unwrap();
+        let trainer = Trainer::open(&gpu, recipe, run.path(), &go_on).unwrap();
+        trainer.held_out_ce(16).unwrap().expect("some text is held out")
+    };
+    let (before, after) = (ce(&base), ce(&merged));
+    assert!(after < before - 0.02, "{before} before, {after} after");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::data::filter::Report;
 use crate::data::fnv1a;
 use crate::data::read::{LOT, parts};
 use crate::data::recipe::CorpusRecipe;
-use crate::data::shards::write_atomically;
+use crate::disk::write_atomically;
 
 /// The special tokens of a trained tokenizer; a token's id is its index here.
 pub const SPECIAL_TOKENS: [&str; 7] = [

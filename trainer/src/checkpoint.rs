@@ -3,18 +3,21 @@
 //!
 //!   checkpoints/step-00000100/{config.json, model.safetensors, tokenizer.json, optimizer.safetensors, trainer.json}
 //!   checkpoints/best/{config.json, model.safetensors, tokenizer.json}
+//!
+//! Where an adapter is trained, adapter_config.json and adapter_model.safetensors stand for the model.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Precision, StoredType, Tokenizer, Weights};
+use demask_engine::model::{Llama, Lora, Precision, StoredType, Tokenizer};
 use demask_engine::tensor::{DType, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::disk::{put_folder, settle};
 use crate::guard::History;
 use crate::optim::OptimizerState;
 use crate::recipe::Recipe;
@@ -34,6 +37,8 @@ pub struct TrainerState {
     pub best: Option<(usize, f64)>,
     /// What was being trained; another recipe is refused on resume.
     pub recipe: Recipe,
+    /// Fingerprint of the dataset; another one is refused too.
+    pub dataset: u64,
 }
 
 /// Bytes of a run's logs.
@@ -57,7 +62,7 @@ pub fn save(
 ) -> Result<PathBuf> {
     let name = format!("step-{:08}", state.step);
     let place = put(run, &name, &|fresh| {
-        model.save(fresh, StoredType::F32, Some(tokenizer))?;
+        write_model(fresh, model, tokenizer, &state.recipe)?;
         write_moments(&fresh.join("optimizer.safetensors"), model, optimizer)?;
         let path = fresh.join("trainer.json");
         fs::write(&path, serde_json::to_vec_pretty(state)?)?;
@@ -72,28 +77,35 @@ pub fn save(
 }
 
 /// Writes the model alone as checkpoints/best.
-pub fn save_best(run: &Path, model: &Llama, tokenizer: &Tokenizer) -> Result<PathBuf> {
-    put(run, "best", &|fresh| Ok(model.save(fresh, StoredType::F32, Some(tokenizer))?))
+pub fn save_best(
+    run: &Path,
+    model: &Llama,
+    tokenizer: &Tokenizer,
+    recipe: &Recipe,
+) -> Result<PathBuf> {
+    put(run, "best", &|fresh| write_model(fresh, model, tokenizer, recipe))
 }
 
-/// Fills a folder beside its place and renames it.
+/// Writes what was trained: a Hugging Face folder, or an adapter's in PEFT's format; with the tokenizer.
+pub fn write_model(
+    folder: &Path,
+    model: &Llama,
+    tokenizer: &Tokenizer,
+    recipe: &Recipe,
+) -> Result<()> {
+    let Some(lora) = model.adapter()? else {
+        return Ok(model.save(folder, StoredType::F32, Some(tokenizer))?);
+    };
+    let base = recipe.model.from.as_deref().context("an adapter has a base")?;
+    lora.write(folder, &std::path::absolute(base)?.to_string_lossy())?;
+    Ok(tokenizer.save(folder)?)
+}
+
 fn put(run: &Path, name: &str, fill: &dyn Fn(&Path) -> Result<()>) -> Result<PathBuf> {
     let folder = run.join("checkpoints");
     let place = folder.join(name);
-    let fresh = folder.join(format!(".writing-{name}"));
-    let write = || -> Result<()> {
-        clear(&folder)?;
-        fs::create_dir_all(&fresh)?;
-        fill(&fresh)?;
-        File::open(&fresh)?.sync_all()?;
-        if place.exists() {
-            fs::remove_dir_all(&place)?;
-        }
-        fs::rename(&fresh, &place)?;
-        Ok(File::open(&folder)?.sync_all()?)
-    };
-    write().with_context(|| {
-        let _ = clear(&folder);
+    put_folder(&folder, name, fill).with_context(|| {
+        let _ = settle(&folder);
         format!(
             "cannot write the checkpoint {}; the previous one is intact: make room and resume",
             place.display()
@@ -102,48 +114,10 @@ fn put(run: &Path, name: &str, fill: &dyn Fn(&Path) -> Result<()>) -> Result<Pat
     Ok(place)
 }
 
-/// Removes what an interrupted write left: it may fill the disk.
-fn clear(folder: &Path) -> Result<()> {
-    if !folder.exists() {
-        return Ok(());
-    }
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
-        if name.is_some_and(|name| name.starts_with(".writing")) {
-            fs::remove_dir_all(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// The mean of several models of one shape, weight by weight, in the place of `model`'s weights (arXiv 2512.15745 §7
-/// merges its best checkpoints so).
-pub fn average(model: &Llama, places: &[PathBuf]) -> Result<()> {
-    ensure!(!places.is_empty(), "there is no checkpoint to average");
-    let opened =
-        places.iter().map(|place| Ok(Weights::open(place)?)).collect::<Result<Vec<_>>>()?;
-    for (place, (config, _)) in places.iter().zip(&opened) {
-        let (ours, theirs) = (model.config().parameters(), config.parameters());
-        ensure!(ours == theirs, "{} has another shape; average models of one run", place.display());
-    }
-    for parameter in model.parameters() {
-        let mut first = 0;
-        for shard in &parameter.shards {
-            let rows = first..first + shard.shape()[0];
-            let mut mean: Vec<f64> = Vec::new();
-            for (_, weights) in &opened {
-                let values = weights.rows_f32(&parameter.name, rows.clone())?;
-                mean.resize(values.len(), 0.0);
-                mean.iter_mut().zip(values).for_each(|(m, v)| *m += f64::from(v));
-            }
-            let n = opened.len() as f64;
-            let bytes: Vec<u8> = mean.iter().flat_map(|m| ((m / n) as f32).to_le_bytes()).collect();
-            shard.overwrite(&bytes);
-            first = rows.end;
-        }
-    }
-    Ok(())
+/// Clears up behind a killed run.
+pub fn recover(run: &Path) -> Result<()> {
+    let folder = run.join("checkpoints");
+    settle(&folder).with_context(|| format!("cannot clear up in {}", folder.display()))
 }
 
 /// Complete checkpoints of a run by step, oldest first.
@@ -177,9 +151,20 @@ pub fn state(place: &Path) -> Result<TrainerState> {
 
 /// Reads a checkpoint back exactly as it was written.
 pub fn load(gpu: &Gpu, place: &Path) -> Result<(Llama, OptimizerState, Tokenizer)> {
-    let model = Llama::load(gpu, place, Precision::F32)?.trainable();
-    let tokenizer = Tokenizer::for_model(place, model.config())?;
     let state = state(place)?;
+    let (model, tokenizer) = match (&state.recipe.lora, &state.recipe.model.from) {
+        (Some(settings), Some(base)) => {
+            let model =
+                Llama::load(gpu, base, settings.base.into())?.adapted(&Lora::read(place)?)?;
+            let tokenizer = Tokenizer::from_folder(place, model.config())?;
+            (model.trainable(), tokenizer)
+        }
+        _ => {
+            let model = Llama::load(gpu, place, Precision::F32)?.trainable();
+            let tokenizer = Tokenizer::for_model(place, model.config())?;
+            (model, tokenizer)
+        }
+    };
     let mut optimizer = OptimizerState::new(&model, &state.recipe.optimizer);
     optimizer.updates = state.updates;
     read_moments(&place.join("optimizer.safetensors"), &model, &optimizer)?;
@@ -190,7 +175,7 @@ pub fn load(gpu: &Gpu, place: &Path) -> Result<(Llama, OptimizerState, Tokenizer
 /// The optimiser's tensors with their names in the file.
 fn moments<'a>(model: &Llama, optimizer: &'a OptimizerState) -> Vec<(String, &'a Tensor)> {
     let mut all = Vec::new();
-    for (parameter, shards) in model.parameters().iter().zip(&optimizer.moments) {
+    for (parameter, shards) in model.trained().iter().zip(&optimizer.moments) {
         for (i, moments) in shards.iter().enumerate() {
             let named = moments.tensors().into_iter();
             all.extend(named.map(|(part, t)| (format!("{}.{i}.{part}", parameter.name), t)));

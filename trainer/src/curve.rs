@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::disk::write_atomically;
 use crate::metrics::Metrics;
 use crate::plot::{
     Axis, COLOURS, CROSS_ENTROPY, INK, Line, Look, Panel, Segment, Stroke, curve, median, segments,
@@ -43,8 +44,7 @@ pub fn draw(points: &[Metrics], title: &str, path: &Path) -> Result<()> {
         norm.draw(&lower, &LOOK)
     })
     .with_context(|| format!("plotting {}", path.display()))?;
-    std::fs::write(path, svg)
-        .with_context(|| format!("cannot write {}; does its folder exist?", path.display()))
+    write_atomically(path, svg.as_bytes())
 }
 
 fn panels(points: &[Metrics], steps: std::ops::Range<f64>) -> (Panel<'static>, Panel<'static>) {

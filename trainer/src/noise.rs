@@ -6,6 +6,7 @@
 //! however a batch is split and wherever a run is resumed.
 
 use demask_engine::philox::Philox;
+use serde::{Deserialize, Serialize};
 
 /// Keeps these streams apart from others drawn under the same user seed.
 const NOISE: u64 = u64::from_le_bytes(*b"noise\0\0\0");
@@ -205,7 +206,7 @@ fn permutation(n: usize, key: NoiseKey) -> Vec<u32> {
 
 /// One sequence, laid out for a training step: what goes in, and which rows are supervised.
 /// The base sequence has length L; the input has R rows, L (autoregressive) or 2L (two copies).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Example {
     /// Input ids \[R].
     pub tokens: Vec<u32>,

@@ -50,12 +50,23 @@ pub struct OptimizerState {
 }
 
 impl OptimizerState {
-    /// Zero moments for every weight of `model`.
+    /// Zero moments for every weight of `model` that is trained.
     pub fn new(model: &Llama, settings: &Optimizer) -> OptimizerState {
         let zeros = |shard: &Tensor| Moments::zeros(shard, settings.moments);
         let moments =
-            model.parameters().iter().map(|p| p.shards.iter().map(zeros).collect()).collect();
+            model.trained().iter().map(|p| p.shards.iter().map(zeros).collect()).collect();
         OptimizerState { updates: 0, moments }
+    }
+
+    /// The gradient's norm, without an update; 0 where nothing has a gradient.
+    pub fn norm(&self, model: &Llama, gradients: &Gradients) -> Result<f32> {
+        let trained = model.trained();
+        let shards = trained.iter().flat_map(|p| &p.shards);
+        let all: Vec<&Tensor> = shards.filter_map(|shard| gradients.get(shard)).collect();
+        if all.is_empty() {
+            return Ok(0.0);
+        }
+        Ok(grad_norm_within(&all, 1.0, f32::INFINITY, f32::INFINITY).to_vec()?[0])
     }
 
     /// One update in place. Returns f32 [2] on the device: the gradient's norm before clipping and the factor
@@ -69,7 +80,7 @@ impl OptimizerState {
         lr: f32,
         limit: f32,
     ) -> Result<Tensor> {
-        let parameters = model.parameters();
+        let parameters = model.trained();
         let all: Vec<&Tensor> = parameters
             .iter()
             .flat_map(|p| &p.shards)

@@ -133,7 +133,7 @@ impl Packed {
             anyhow::bail!("data.weights: there is no source {name:?} in {}", all.join(", "));
         }
         ensure!(
-            !sources.is_empty(),
+            !sources.is_empty() || part == Part::HeldOut,
             "the documents fill no sequence of {} tokens; add documents or shorten the sequences",
             packing.length
         );

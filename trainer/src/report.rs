@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -12,6 +11,7 @@ use minijinja::value::Serde;
 use plotters::style::RGBColor;
 use serde::Serialize;
 
+use crate::disk::write_atomically;
 use crate::figures::{Figure, Figures, HELD_OUT, Key, colour, colours, legend};
 use crate::metrics::{Metrics, Record, Sample, Validation, read_metrics, read_records};
 
@@ -142,20 +142,9 @@ pub fn report(folders: &[PathBuf]) -> Result<Report> {
     Ok(Report { page, runs: summaries })
 }
 
-/// Writes a page whole or not at all: beside its place first, then renamed.
+/// Writes a page, whole or not at all.
 pub fn write(path: &Path, page: &str) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || -> Result<()> {
-        let mut builder = tempfile::Builder::new();
-        // A temporary file is its owner's alone; this one is for others to read, as far as the umask lets them.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = builder.tempfile_in(folder)?;
-        file.write_all(page.as_bytes())?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("cannot write {}; does its folder exist?", path.display()))
+    write_atomically(path, page.as_bytes())
 }
 
 impl Run {

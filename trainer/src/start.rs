@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Precision, Tokenizer};
+use demask_engine::model::{Llama, Lora, Precision, Tokenizer};
 use demask_engine::ops::rows;
 
 use crate::bpe;
@@ -14,7 +14,7 @@ use crate::data::recipe::CorpusRecipe;
 use crate::data::sample::Vocabulary;
 use crate::data::shards::Dataset;
 use crate::pack::{Packed, Packing, Part, Visibility};
-use crate::recipe::Recipe;
+use crate::recipe::{LoraSettings, Recipe};
 
 /// Of the mean norm of the embeddings: a mask embedding that is this much shorter or longer is set right.
 const SICK: f64 = 10.0;
@@ -48,10 +48,18 @@ pub fn dataset(recipe: &Recipe, run: &Path, hear: Hear<'_>) -> Result<Dataset> {
 /// The model and tokenizer that a run starts from.
 pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, Tokenizer)> {
     if let Some(from) = &recipe.model.from {
-        let model = Llama::load(gpu, from, Precision::F32)?.trainable();
+        let model = match &recipe.lora {
+            None => Llama::load(gpu, from, Precision::F32)?,
+            Some(lora) => {
+                let base = Llama::load(gpu, from, lora.base.into())?;
+                let LoraSettings { rank, alpha, dora, targets, .. } = lora;
+                let fresh = Lora::fresh(base.config(), *rank, *alpha, *dora, targets, recipe.seed);
+                base.adapted(&fresh)?
+            }
+        };
         let tokenizer = Tokenizer::for_model(from, model.config())?;
         same_tokens(&tokenizer, dataset)?;
-        return Ok((model, tokenizer));
+        return Ok((model.trainable(), tokenizer));
     }
     let fresh = recipe.model.fresh.as_ref().context("a recipe names a model or a shape")?;
     let vocabulary = Vocabulary::open(&dataset.tokenizer())?;
@@ -128,6 +136,7 @@ pub struct MaskEmbedding {
 
 /// Looks after the embedding of the mask token, which autoregressive training never touches: one that decayed to
 /// nothing lets gradients explode at the switch (arXiv 2512.15745 §7.1), so a sick one gets the mean length.
+/// Under an adapter the embedding is frozen, and a sick one is an error.
 pub fn mask_embedding(model: &Llama, mask_id: u32) -> Result<MaskEmbedding> {
     let embed = model.parameters()[0];
     let (mut squares, mut n) = (0.0, 0.0);
@@ -152,6 +161,11 @@ pub fn mask_embedding(model: &Llama, mask_id: u32) -> Result<MaskEmbedding> {
     let values = rows(&shard.detach(), row, 1).to_vec()?;
     let (norm, mean) = (norm_of(&values), squares / n);
     let mended = norm * SICK < mean || norm > mean * SICK;
+    ensure!(
+        !mended || !model.has_adapter(),
+        "the mask token's embedding has length {norm:.3} and the mean is {mean:.3}: an adapter cannot mend that; train \
+         all weights, or name another token with model.mask_token"
+    );
     if mended {
         let width = values.len();
         let scaled: Vec<f32> = match norm > 0.0 {

@@ -4,28 +4,31 @@
 //!   run/{recipe.toml, metrics.jsonl, validation.jsonl, samples.jsonl, curve.svg, tensorboard/, checkpoints/,
 //!        skipped/, model/}
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
+use demask_engine::model::merge::average;
 use demask_engine::model::{Llama, StoredType, Tokenizer};
+use demask_engine::ops::Mask;
 use demask_engine::tensor::Tensor;
-use serde_json::json;
 
 use crate::batch::{self, StepPlan};
 use crate::checkpoint::{self, LogBytes, TrainerState};
 use crate::data::build::Progress;
-use crate::data::shards::{Dataset, write_atomically};
+use crate::data::shards::Dataset;
+use crate::disk::write_atomically;
 use crate::guard::{History, Verdict};
 use crate::metrics::{Log, Metrics, Sample, Validation, read_metrics};
 use crate::noise::{Example, u_max};
 use crate::optim::OptimizerState;
 use crate::pack::{Packed, Part};
 use crate::recipe::{Place, Recipe};
+use crate::replay::{FailedBatch, Replay};
 use crate::start::{self, MaskEmbedding};
 use crate::tensorboard::TensorBoard;
 use crate::validate::{samples, validate};
@@ -75,6 +78,8 @@ pub struct Trainer {
     tokenizer: Tokenizer,
     optimizer: OptimizerState,
     data: Packed,
+    /// Its fingerprint.
+    dataset: u64,
     /// `None` where no text was kept aside, or it fills no sequence.
     held_out: Option<Packed>,
     mask_id: u32,
@@ -87,6 +92,8 @@ pub struct Trainer {
     validation: Log,
     samples: Log,
     tensorboard: TensorBoard,
+    /// Held while the run is open.
+    _lock: File,
 }
 
 impl Trainer {
@@ -100,12 +107,20 @@ impl Trainer {
         recipe.check()?;
         fs::create_dir_all(run)
             .with_context(|| format!("cannot make the run's folder {}", run.display()))?;
+        let lock = lock(run)?;
+        checkpoint::recover(run)?;
         let resumed = checkpoint::list(run)?.pop();
         let state = resumed.as_ref().map(|(_, place)| checkpoint::state(place)).transpose()?;
         if let Some(state) = &state {
             checkpoint::same_recipe(&state.recipe, &recipe)?;
         }
         let dataset = start::dataset(&recipe, run, &|p| hear(Event::Preparing(p)).is_continue())?;
+        let fingerprint = dataset.manifest.fingerprint;
+        ensure!(
+            state.as_ref().is_none_or(|s| s.dataset == fingerprint),
+            "{} is not the dataset that this run was started with; start another run, or put it back",
+            dataset.folder.display()
+        );
         let _ = hear(Event::Dataset(&dataset));
         let (model, optimizer, tokenizer) = match &resumed {
             Some((step, place)) => {
@@ -121,7 +136,14 @@ impl Trainer {
         let mask_id = start::mask_id(&recipe, &model, &tokenizer)?;
         let data = start::pack(&recipe, &dataset, Part::Train)?;
         let _ = hear(Event::Packed(&data));
-        let held_out = start::pack(&recipe, &dataset, Part::HeldOut).ok();
+        let held_out = start::pack(&recipe, &dataset, Part::HeldOut)?;
+        let held_out = (held_out.n_sequences() > 0).then_some(held_out);
+        ensure!(
+            held_out.is_some() || recipe.validation.every == 0 || recipe.validation.sequences == 0,
+            "validation.every is set, and the held-out text fills no sequence of {} tokens; keep more aside, shorten \
+             the sequences, or set validation.sequences = 0",
+            recipe.data.length
+        );
         write_atomically(&run.join("recipe.toml"), toml::to_string_pretty(&recipe)?.as_bytes())?;
         let step = state.as_ref().map_or(0, |s| s.step);
         let logs = state.as_ref().map(|s| s.logs).unwrap_or_default();
@@ -141,6 +163,8 @@ impl Trainer {
             tokenizer,
             optimizer,
             data,
+            dataset: fingerprint,
+            _lock: lock,
             held_out,
             mask_id,
         })
@@ -171,10 +195,7 @@ impl Trainer {
                 return Ok(Outcome::Stopped(self.step));
             }
         }
-        self.average()?;
-        let folder = self.run.join("model");
-        self.model.save(&folder, StoredType::F32, Some(&self.tokenizer))?;
-        Ok(Outcome::Finished(folder))
+        Ok(Outcome::Finished(self.write_model()?))
     }
 
     /// Whether something that is done every so many steps is done now; at the end of a phase it is.
@@ -210,28 +231,13 @@ impl Trainer {
         let (plan, phase) = (self.plan(place), place.phase);
         let first = place.sequences + self.history.passed_over;
         let examples = plan.examples(&self.data, first);
-        let divisor = batch::divisor(&examples);
-        let (mask, document_mask) = (plan.mask(), self.recipe.data.document_mask);
-        let mut gradients = Gradients::new();
-        let mut parts = Vec::new();
-        for micro in examples.chunks(settings.micro_batch) {
-            // Early in the warm-up a micro-batch may have no masked token, and then it teaches nothing.
-            if micro.iter().all(|e| e.n_supervised() == 0) {
-                continue;
-            }
-            let recompute = self.recipe.recompute;
-            let ce = batch::loss(&self.model, micro, mask, divisor, document_mask, recompute);
-            let one = Tensor::from_f32(self.model.gpu(), &[1.0], [1]);
-            backward(&ce.loss, &one, &mut gradients);
-            let rates: Vec<f32> = micro.iter().flat_map(|e| e.rates.iter().copied()).collect();
-            parts.push((ce.loss.detach(), ce.per_row, rates));
-        }
+        let pass = self.pass(&examples, plan.mask());
         let lr = phase.learning_rate().lr(place.phase_step);
         let limit = self.history.limit(&self.recipe.guard);
-        let norm = self.optimizer.step(&self.model, &gradients, settings, lr, limit)?;
-        drop(gradients);
+        let norm = self.optimizer.step(&self.model, &pass.gradients, settings, lr, limit)?;
+        drop(pass.gradients);
         let (mut loss, mut ce) = (0.0, ByRate::default());
-        for (part, per_row, rates) in parts {
+        for (part, per_row, rates) in pass.parts {
             loss += f64::from(part.item()?);
             ce.add(&per_row.to_vec()?, &rates);
         }
@@ -241,7 +247,14 @@ impl Trainer {
         let seconds = start.elapsed().as_secs_f64();
         let operations: f64 = examples
             .iter()
-            .map(|e| flops::of_sequence(self.model.config(), mask, e.spans.len(), e.n_supervised()))
+            .map(|e| {
+                flops::of_sequence(
+                    self.model.config(),
+                    plan.mask(),
+                    e.spans.len(),
+                    e.n_supervised(),
+                )
+            })
             .sum();
         let warm = phase.objective.is_diffusion();
         let u_max = u_max(place.phase_step, phase.corruption_warmup, phase.u_init);
@@ -272,6 +285,49 @@ impl Trainer {
         Ok((metrics, verdict))
     }
 
+    /// Forward and backward over the examples of a step, in micro-batches whose gradients add up.
+    fn pass(&self, examples: &[Example], mask: Mask) -> Pass {
+        let divisor = batch::divisor(examples);
+        let (document_mask, recompute) = (self.recipe.data.document_mask, self.recipe.recompute);
+        let mut pass = Pass { gradients: Gradients::new(), parts: Vec::new() };
+        for micro in examples.chunks(self.recipe.optimizer.micro_batch) {
+            // Early in the warm-up a micro-batch may have no masked token, and then it teaches nothing.
+            if micro.iter().all(|e| e.n_supervised() == 0) {
+                continue;
+            }
+            let ce = batch::loss(&self.model, micro, mask, divisor, document_mask, recompute);
+            let one = Tensor::from_f32(self.model.gpu(), &[1.0], [1]);
+            backward(&ce.loss, &one, &mut pass.gradients);
+            let rates: Vec<f32> = micro.iter().flat_map(|e| e.rates.iter().copied()).collect();
+            pass.parts.push((ce.loss.detach(), ce.per_row, rates));
+        }
+        pass
+    }
+
+    /// Runs a batch that a step failed on again, with the model as it stands, and moves nothing.
+    pub fn replay(&self, batch: &FailedBatch) -> Result<Replay> {
+        let place = batch.step.checked_sub(1).and_then(|step| self.recipe.at(step));
+        let place = place.context("the batch is of a step that this recipe does not have")?;
+        let vocabulary = self.model.config().vocab_size;
+        ensure!(batch.fits(vocabulary), "the batch is damaged, or of another model");
+        let Pass { gradients, parts } = self.pass(&batch.examples, self.plan(place).mask());
+        let (mut loss, mut ce) = (0.0, Vec::new());
+        for (part, per_row, _) in parts {
+            loss += f64::from(part.item()?);
+            ce.extend(per_row.to_vec()?);
+        }
+        let grad_norm = f64::from(self.optimizer.norm(&self.model, &gradients)?);
+        let mut first = 0;
+        let of_sequence = |e: &Example| {
+            let rows = &ce[first..first + e.n_supervised()];
+            first += rows.len();
+            let sum: f64 = rows.iter().map(|&c| f64::from(c)).sum();
+            (!rows.is_empty()).then(|| sum / rows.len() as f64)
+        };
+        let sequences = batch.examples.iter().map(of_sequence).collect();
+        Ok(Replay { after: self.step, loss, grad_norm, sequences })
+    }
+
     fn plan<'a>(&self, place: Place<'a>) -> StepPlan<'a> {
         let (seed, mask_id) = (self.recipe.seed, self.mask_id);
         let batch = self.recipe.optimizer.batch;
@@ -288,29 +344,17 @@ impl Trainer {
     ) -> Result<()> {
         let folder = self.run.join("skipped");
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        let examples: Vec<_> = examples
-            .iter()
-            .map(|e| {
-                let text = self.tokenizer.decode(&e.tokens, false);
-                json!({
-                    "text": text,
-                    "tokens": e.tokens,
-                    "supervised": e.supervised,
-                    "targets": e.targets,
-                    "weights": e.weights,
-                })
-            })
-            .collect();
-        let whole = json!({
-            "step": metrics.step,
-            "why": why,
-            "loss": metrics.loss,
-            "grad_norm": metrics.grad_norm,
-            "first_sequence": first,
-            "examples": examples,
-        });
+        let batch = FailedBatch {
+            step: metrics.step,
+            why: why.to_owned(),
+            loss: metrics.loss,
+            grad_norm: metrics.grad_norm,
+            first_sequence: first,
+            texts: examples.iter().map(|e| self.tokenizer.decode(&e.tokens, false)).collect(),
+            examples: examples.to_vec(),
+        };
         let path = folder.join(format!("step-{:08}.json", metrics.step));
-        write_atomically(&path, &serde_json::to_vec(&whole)?)
+        write_atomically(&path, &serde_json::to_vec(&batch)?)
     }
 
     /// Back to the last checkpoint, and from there on with the text behind the step that failed.
@@ -336,6 +380,7 @@ impl Trainer {
         self.history = state.history;
         (self.history.rollbacks, self.history.passed_over) = (rollbacks, passed_over);
         self.step = state.step;
+        self.tensorboard = TensorBoard::open(&self.run.join("tensorboard"), self.step)?;
         Ok(self.step)
     }
 
@@ -346,7 +391,7 @@ impl Trainer {
         // Step 0 keys the noise: each time the same tokens are hidden.
         let plan = StepPlan { step: 0, ..self.plan(place) };
         let n = self.recipe.validation.sequences;
-        if let Some(data) = &self.held_out {
+        if let Some(data) = self.held_out.as_ref().filter(|_| n > 0) {
             let all = validate(&self.recipe, &self.model, data, &plan, n, self.step)?;
             for entry in &all {
                 self.validation.write(entry)?;
@@ -360,7 +405,7 @@ impl Trainer {
             {
                 self.best = Some((phase, loss));
                 self.name_objective(place);
-                checkpoint::save_best(&self.run, &self.model, &self.tokenizer)?;
+                checkpoint::save_best(&self.run, &self.model, &self.tokenizer, &recipe)?;
             }
             let _ = hear(Event::Validated(&all));
         }
@@ -378,7 +423,9 @@ impl Trainer {
         let mask_id = self.mask_id;
         let config = self.model.config_mut();
         config.block_length = block.or(config.block_length);
-        config.mask_token_id = Some(mask_id);
+        if place.phase.objective.is_diffusion() {
+            config.mask_token_id = Some(mask_id);
+        }
     }
 
     /// Writes a checkpoint of the steps done so far, and the curve.
@@ -398,6 +445,7 @@ impl Trainer {
             history: self.history.clone(),
             best: self.best,
             recipe,
+            dataset: self.dataset,
         };
         self.tensorboard.flush()?;
         let place =
@@ -407,15 +455,18 @@ impl Trainer {
         Ok(place)
     }
 
-    /// The mean of the last checkpoints, if the recipe wants it.
-    fn average(&self) -> Result<()> {
+    /// Writes what was trained, or the mean of the last checkpoints if the recipe wants it.
+    fn write_model(&self) -> Result<PathBuf> {
+        let folder = self.run.join("model");
         let n = self.recipe.checkpoints.average;
-        if n > 1 {
-            let all = checkpoint::list(&self.run)?;
-            let last = all.into_iter().rev().take(n).map(|(_, place)| place);
-            checkpoint::average(&self.model, &last.collect::<Vec<_>>())?;
+        if n == 1 {
+            checkpoint::write_model(&folder, &self.model, &self.tokenizer, &self.recipe)?;
+        } else {
+            let newest = checkpoint::list(&self.run)?.into_iter().rev().take(n);
+            let places: Vec<PathBuf> = newest.map(|(_, place)| place).collect();
+            average(&places, &folder, StoredType::F32, &mut |_| {})?;
         }
-        Ok(())
+        Ok(folder)
     }
 
     /// Mean cross-entropy in nats per supervised token (a masked one, under diffusion) over up to `sequences` sequences
@@ -449,6 +500,33 @@ impl Trainer {
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
+}
+
+/// Keeps other processes out of the run; the system lets go of it when this one ends, however it ends.
+fn lock(run: &Path) -> Result<File> {
+    let path = run.join(".lock");
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!(
+                "another process trains in {}; wait for it, or name another folder",
+                run.display()
+            )
+        }
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => Ok(file),
+        Err(TryLockError::Error(e)) => {
+            Err(e).with_context(|| format!("locking {}", path.display()))
+        }
+    }
+}
+
+/// What the micro-batches of a step gave.
+struct Pass {
+    gradients: Gradients,
+    /// Of each micro-batch: its share of the loss, the cross-entropy of its supervised rows, their mask rates.
+    parts: Vec<(Tensor, Tensor, Vec<f32>)>,
 }
 
 /// Cross-entropies, together and by mask rate.

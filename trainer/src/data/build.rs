@@ -19,7 +19,8 @@ use super::fnv1a;
 use super::read::{LOT, Part, parts};
 use super::recipe::{CorpusRecipe, Format};
 use super::sample::Vocabulary;
-use super::shards::{Dataset, Manifest, Shard, SourceManifest, VERSION, Writer, write_atomically};
+use super::shards::{Dataset, Manifest, Shard, SourceManifest, VERSION, Writer};
+use crate::disk::write_atomically;
 
 /// Keep these streams apart from others drawn under the same user seed.
 const HELD_OUT: u64 = u64::from_le_bytes(*b"held_out");

@@ -11,11 +11,12 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
 use super::filter::Report;
+use crate::disk::write_atomically;
 
 /// Raised when the files change their meaning.
 pub const VERSION: u32 = 1;
@@ -190,17 +191,4 @@ impl Writer {
         })?;
         Ok((self.shard.documents > 0).then_some(self.shard))
     }
-}
-
-/// Writes a file under another name, and renames it when it is on the disk.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let Some(name) = path.file_name() else { bail!("{} names no file", path.display()) };
-    let fresh = path.with_file_name(format!("{}.writing", name.to_string_lossy()));
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&fresh)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&fresh, path)
-    };
-    write().with_context(|| format!("cannot write {}; is there room?", path.display()))
 }
