@@ -117,8 +117,8 @@ fn clear(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The mean of several models of one shape, weight by weight, in the place of `model`'s weights (arXiv 2512.15745 §7
-/// merges its best checkpoints so).
+/// The mean of several models of one shape, weight by weight, in the place of `model`'s weights (LLaDA2.0 merges its
+/// checkpoints).
 pub fn average(model: &Llama, places: &[PathBuf]) -> Result<()> {
     ensure!(!places.is_empty(), "there is no checkpoint to average");
     let opened =

@@ -127,7 +127,8 @@ pub struct MaskEmbedding {
 }
 
 /// Looks after the embedding of the mask token, which autoregressive training never touches: one that decayed to
-/// nothing lets gradients explode at the switch (arXiv 2512.15745 §7.1), so a sick one gets the mean length.
+/// nothing lets gradients explode at the switch (LLaDA2.0 technical report §7.1), so a sick one gets the mean
+/// length.
 pub fn mask_embedding(model: &Llama, mask_id: u32) -> Result<MaskEmbedding> {
     let embed = model.parameters()[0];
     let (mut squares, mut n) = (0.0, 0.0);
