@@ -36,8 +36,10 @@ SPECIAL = ["<|endoftext|>", "<|mask|>"]
 EOS, MASK = 0, 1
 BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 # Rounding in f32, in other orders of summation. AdamW divides a gradient by its own size, so what
-# rounding leaves of a tiny one moves its weight by a share of the learning rate (1e-3).
-BOUNDS = {"loss": 2e-5, "grad norm (relative)": 2e-4, "weight": 1e-4, "log-probability": 2e-5}
+# rounding leaves of a tiny one moves its weight by a share of the learning rate (1e-3): single
+# weights differ by more than rounding, the mean does not.
+BOUNDS = {"loss": 2e-5, "grad norm (relative)": 1e-5, "weight": 5e-4, "weight, mean": 1e-7,
+          "log-probability": 2e-5}
 
 TRAIN = """
 seed = 1
@@ -207,11 +209,11 @@ def repeat(report, case, base, written, metrics, ids, loss_of):
     report.say(case, "grad norm (relative)", worst_norm)
     theirs = load(written).state_dict()
     differences = torch.cat([(theirs[n] - p).abs().flatten() for n, p in model.state_dict().items()])
-    report.say(case, "weight", differences.max().item())
     before = load(base).state_dict()
     moved = max((theirs[n] - p).abs().max().item() for n, p in before.items())
-    print(f"{case:16} of weights that moved by up to {moved:.2e}; mean difference "
-          f"{differences.mean().item():.1e}")
+    print(f"{case:16} weights moved by up to {moved:.2e}")
+    report.say(case, "weight", differences.max().item())
+    report.say(case, "weight, mean", differences.mean().item())
 
 
 def main():
