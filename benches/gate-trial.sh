@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does the gate hold on this machine? Twenty comparisons of a build with itself must report no regression, and of twenty
-# comparisons with a build in which one kernel does ten per cent more work at least nineteen must report it. Half of each
-# runs on the machine as it is, half beside busy loops, one a core.
+# comparisons with a build in which one kernel does ten per cent more work at least nineteen must report it. Half of
+# each runs on the machine as it is, half beside busy loops, one a core.
 #
 #   benches/gate-trial.sh [-n 20] [-t SECONDS] [-s SUITE] [-r RUNNER] [-m ab|json|both] [-w FOLDER]
 #
@@ -22,8 +22,8 @@ work=$(cd "$work" && pwd)
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
 # The slow build is the base with the text of one kernel edited inside the binary, at the same length, so that the two
-# differ in nothing else: rms_norm runs its second loop, about half of its work, twice for every sixth row. That makes it
-# about ten per cent slower whatever the compiler; the first measurement below says how much it is here.
+# differ in nothing else: rms_norm runs its second loop, about half of its work, twice for every sixth row. That makes
+# it about ten per cent slower whatever the compiler; the first measurement below says how much it is here.
 slow_down() {
     perl -0777 -pe '
         BEGIN {
@@ -68,7 +68,9 @@ quiet() {
 }
 trap quiet EXIT
 
-ab() { "$work/run-$1" bench ab "$work/run-$1" "$work/run-$2" --suite "$suite" --max-regress 5% --budget "$budget" "${@:3}"; }
+ab() {
+    "$work/run-$1" bench ab "$work/run-$1" "$work/run-$2" --suite "$suite" --max-regress 5% --budget "$budget" "${@:3}"
+}
 json() {
     "$work/run-$1" bench run --suite "$suite" --budget "$budget" --quiet --json "$work/$1.json" &&
         "$work/run-$2" bench run --suite "$suite" --budget "$budget" --quiet --json "$work/new.json" &&
@@ -76,8 +78,8 @@ json() {
 }
 
 echo "slow-down, measured at length: "
-"$work/run-base" bench ab "$work/run-base" "$work/run-slow" --suite rms_norm --max-regress 10% --budget $((4 * budget)) \
-    --quiet | grep -E '^rms_norm' || true
+"$work/run-base" bench ab "$work/run-base" "$work/run-slow" --suite rms_norm --max-regress 10% \
+    --budget $((4 * budget)) --quiet | grep -E '^rms_norm' || true
 
 held=0
 for how in ab json; do

@@ -293,7 +293,7 @@ def decays(name, p):
     return p.ndim == 2 and "embed_tokens" not in name
 
 
-def adamw(model, inp):
+def adamw(model, inp, loss_of):
     named = list(model.named_parameters())
     opt = torch.optim.AdamW(
         [dict(params=[p for n, p in named if decays(n, p)], weight_decay=ADAMW["weight_decay"]),
@@ -304,14 +304,14 @@ def adamw(model, inp):
         for group in opt.param_groups:
             group["lr"] = lr
         opt.zero_grad(set_to_none=True)
-        loss = bd_loss(model, inp)[0]
+        loss = loss_of(model, inp)[0]
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], ADAMW["clip_norm"])
         opt.step()
         losses.append(float(loss))
         norms.append(float(norm))
     with torch.no_grad():
-        final = float(bd_loss(model, inp)[0])
+        final = float(loss_of(model, inp)[0])
     return losses, norms, final, {n: p.detach().numpy().copy() for n, p in named}
 
 
@@ -454,9 +454,11 @@ def compute(cfg, weights, inp, dtype):
         out["bd_doc.logits"] = bd_logits(model, inp, BD_DOCS).numpy()
         out["block_causal.logits"] = logits_of(
             model, inp["tokens"], block_causal(AR_LEN)).numpy()
-    losses, norms, final, params = adamw(build(cfg, weights, dtype), inp)
-    num.update(adamw_losses=losses, adamw_grad_norms=norms, adamw_loss_after=final)
-    out.update({"adamw.param." + n: p for n, p in params.items()})
+    for part, loss_of in (("adamw", bd_loss), ("ar_adamw", ar_loss)):
+        losses, norms, final, params = adamw(build(cfg, weights, dtype), inp, loss_of)
+        num.update({f"{part}_losses": losses, f"{part}_grad_norms": norms,
+                    f"{part}_loss_after": final})
+        out.update({f"{part}.param." + n: p for n, p in params.items()})
     return model, out, num
 
 
@@ -529,6 +531,10 @@ def main():
                                "p *= 1 - lr * weight_decay before the update; clip: "
                                "g *= min(1, clip_norm / (norm + 1e-6)), norm over all parameters; "
                                "update: m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)"),
+            "ar_adamw": {"losses": [digits(v) for v in num["ar_adamw_losses"]],
+                         "grad_norms": [digits(v) for v in num["ar_adamw_grad_norms"]],
+                         "loss_after": digits(num["ar_adamw_loss_after"]),
+                         "rule": "the same on the autoregressive loss"},
         }
         if decoded:
             golden["decode"] = {

@@ -1,5 +1,5 @@
-//! What the test files share: a device opened as tests want it, comparison against references,
-//! and the place of optional data.
+//! What the test files share: a device opened as tests want it, comparison against references, the place of optional
+//! data, and a run small enough for a test.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use demask_engine::gpu::{Gpu, GpuOptions};
 use demask_engine::ops::case::Tolerance;
+use demask_trainer::recipe::Recipe;
 
 /// A device in checked and guarded mode, or `None` (said aloud) where there is no adapter.
 /// With `REQUIRE_GPU=1` a missing adapter fails.
@@ -69,6 +70,55 @@ pub fn compare(name: &str, got: &[f32], want: &[f64], tolerance: Tolerance) -> R
 /// Panics with all failures at once, so that one run shows the whole picture.
 pub fn report(failures: Vec<String>) {
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// Makes a folder of small source files: real text, this crate's own.
+pub fn small_corpus(folder: &Path) {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    for (package, file) in
+        [("a", "model.rs"), ("b", "ops.rs"), ("c", "training.rs"), ("d", "gpu.rs")]
+    {
+        std::fs::create_dir_all(folder.join(package)).expect("a temporary folder is writable");
+        std::fs::copy(tests.join(file), folder.join(package).join(file)).expect("can be copied");
+    }
+}
+
+/// A recipe on such a folder that is done in seconds: 9 steps autoregressive, 9 of block diffusion.
+pub fn small_recipe(corpus: &Path) -> Recipe {
+    let text = format!(
+        r#"
+        seed = 3
+        checkpoints.every = 4
+        [model.fresh]
+        vocab_size = 300
+        hidden_size = 32
+        intermediate_size = 48
+        layers = 2
+        heads = 4
+        kv_heads = 2
+        [data]
+        paths = [{corpus:?}]
+        length = 32
+        [optimizer]
+        batch = 4
+        micro_batch = 2
+        [[phase]]
+        objective = "ar"
+        steps = 9
+        lr = 1e-2
+        lr_warmup = 2
+        [[phase]]
+        objective = "block_diffusion"
+        steps = 9
+        lr = 1e-2
+        block_length = 4
+        corruption_warmup = 4
+        u_init = 0.2
+        "#
+    );
+    let recipe: Recipe = toml::from_str(&text).expect("a recipe");
+    recipe.check().expect("a good one");
+    recipe
 }
 
 /// The binary of this build's profile, built if it is not there.

@@ -242,27 +242,42 @@ fn five_adamw_steps_match_the_golden() {
             weight_decay: golden.number("/adamw/weight_decay"),
             ..Optimizer::default()
         };
-        let mut optimizer = OptimizerState::new(&model, &settings);
-        let mut failures = Vec::new();
-        for step in 0..5 {
-            let loss = diffusion_loss(&model, golden);
-            let want = golden.number(&format!("/adamw/losses/{step}"));
-            failures.extend(compare("loss", &loss.to_vec().unwrap(), &[want], LOSS).err());
-            let lr = golden.number(&format!("/adamw/lr/{step}")) as f32;
-            let norm =
-                optimizer.step(&model, &gradients(&loss), &settings, lr, f32::INFINITY).unwrap();
-            let want = golden.number(&format!("/adamw/grad_norms/{step}"));
-            let bound = Tolerance { absolute: 1e-4, relative: 0.0 };
-            failures.extend(compare("norm", &norm.to_vec().unwrap()[..1], &[want], bound).err());
-        }
-        for parameter in model.parameters() {
-            let key = format!("adamw.param.{}", parameter.name);
-            let got: Vec<f32> = parameter.shards.iter().flat_map(|s| s.to_vec().unwrap()).collect();
-            let bound = Tolerance { absolute: 5e-5, relative: 0.0 };
-            failures.extend(compare(&key, &got, &golden.f64s(&key), bound).err());
-        }
+        let mut failures = adamw(gpu, golden, path, "adamw", &settings, &diffusion_loss);
+        let ar = |model: &Llama, golden: &Golden| ar_loss(model, golden, false);
+        failures.extend(adamw(gpu, golden, path, "ar_adamw", &settings, &ar));
         failures
     });
+}
+
+/// Five steps on one loss, against the part of the golden with its curve and its weights.
+fn adamw(
+    gpu: &Gpu,
+    golden: &Golden,
+    path: &Path,
+    part: &str,
+    settings: &Optimizer,
+    loss_of: &dyn Fn(&Llama, &Golden) -> Tensor,
+) -> Vec<String> {
+    let model = Llama::load(gpu, path, Precision::F32).unwrap().trainable();
+    let mut optimizer = OptimizerState::new(&model, settings);
+    let mut failures = Vec::new();
+    for step in 0..5 {
+        let loss = loss_of(&model, golden);
+        let want = golden.number(&format!("/{part}/losses/{step}"));
+        failures.extend(compare(part, &loss.to_vec().unwrap(), &[want], LOSS).err());
+        let lr = golden.number(&format!("/adamw/lr/{step}")) as f32;
+        let norm = optimizer.step(&model, &gradients(&loss), settings, lr, f32::INFINITY).unwrap();
+        let want = golden.number(&format!("/{part}/grad_norms/{step}"));
+        let bound = Tolerance { absolute: 1e-4, relative: 0.0 };
+        failures.extend(compare(part, &norm.to_vec().unwrap()[..1], &[want], bound).err());
+    }
+    for parameter in model.parameters() {
+        let key = format!("{part}.param.{}", parameter.name);
+        let got: Vec<f32> = parameter.shards.iter().flat_map(|s| s.to_vec().unwrap()).collect();
+        let bound = Tolerance { absolute: 5e-5, relative: 0.0 };
+        failures.extend(compare(&key, &got, &golden.f64s(&key), bound).err());
+    }
+    failures
 }
 
 /// The claim that block diffusion's cache is exact (arXiv 2601.15892 §2.2): each noisy block of the two-copy pass has

@@ -43,12 +43,13 @@ fn climbs(path: &str, code: &str) -> bool {
 fn faults(path: &str, text: &str) -> Vec<String> {
     let has = |s: &str, marks: &[&str]| marks.iter().any(|m| s.contains(&m.replace('|', "")));
     let is_rust = path.ends_with(".rs");
+    let is_script = [".py", ".sh"].iter().any(|end| path.ends_with(end)) || text.starts_with("#!/");
     let n_lines = text.lines().count();
     let mut faults = Vec::new();
     let mut code = String::new();
     for (i, line) in text.lines().enumerate() {
         let long_string = line.contains('"') || line.ends_with('\\');
-        if is_rust && line.chars().count() > 120 && !long_string {
+        if line.chars().count() > 120 && (is_script || is_rust && !long_string) {
             faults.push(format!("{}: over 120 columns", i + 1));
         }
         let roots = ["/ho|me/", "/ro|ot/", "/Us|ers/", "/wo|rk/"].map(|r| r.replace('|', ""));
@@ -64,8 +65,10 @@ fn faults(path: &str, text: &str) -> Vec<String> {
     let allow = "[al|low(".replace('|', "");
     let reasonless = |rest: &str| !rest.split(")]").next().is_some_and(|a| a.contains("reason"));
     let silent = code.split(&allow).skip(1).any(reasonless);
+    if (is_rust || is_script) && n_lines > 700 {
+        faults.push("over 700 lines".into());
+    }
     let rules = [
-        (n_lines > 700, "over 700 lines"),
         (!text.starts_with("//! "), "does not open with `//! `"),
         (climbs(path, &code), "uses a higher floor of the engine, or is or uses an unknown module"),
         (has(&code, &["to|do!", "unimple|mented!", "db|g!"]), "unfinished or debugging code"),
@@ -148,6 +151,13 @@ fn each_rule_can_fail() {
     check("a.rs", &long, 0);
     check("a.rs", &longer, 1);
     check("a.wgsl", &"// A.\n".repeat(151), 1);
+    for (path, first) in [("a.py", ""), ("a.sh", ""), (".ci/run", "#!/bin/sh\n")] {
+        check(path, &format!("{first}# {}", "é".repeat(118)), 0);
+        check(path, &format!("{first}print '{}'", "é".repeat(118)), 1);
+        check(path, &format!("{first}{}", &long[first.lines().count()..]), 0);
+        check(path, &format!("{first}{longer}"), 1);
+    }
+    check("a.md", &format!("{} {longer}", "é".repeat(121)), 0);
     check("docs/a.md", "see docs/wo|rk/file", 0);
     check("docs/a.md", "/wo|rk/file", 1);
     assert_eq!(faults("a.rs", "use std::fs;").len(), 1);

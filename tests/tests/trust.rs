@@ -7,9 +7,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use demask_tests::{binary, gpu};
+use demask_tests::{binary, gpu, small_corpus, small_recipe};
 use demask_trainer::checkpoint;
 use demask_trainer::metrics::read_metrics;
+use demask_trainer::recipe::Recipe;
 
 const STEPS: u64 = 24;
 
@@ -24,46 +25,22 @@ struct Lab {
 
 impl Lab {
     fn new() -> Lab {
+        Lab::with(|_| ())
+    }
+
+    fn with(change: impl FnOnce(&mut Recipe)) -> Lab {
         let alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
         let folder = tempfile::tempdir().unwrap();
         let corpus = folder.path().join("corpus");
-        std::fs::create_dir(&corpus).unwrap();
-        let texts = [include_str!("trust.rs"), include_str!("training.rs"), include_str!("ops.rs")];
-        for (i, text) in texts.into_iter().enumerate() {
-            std::fs::write(corpus.join(format!("{i}.rs")), text).unwrap();
-        }
-        let recipe = format!(
-            r#"
-            seed = 5
-            checkpoints = {{ every = 1, keep = 2 }}
-            validation = {{ every = 6, sequences = 2 }}
-            [model.fresh]
-            vocab_size = 300
-            hidden_size = 32
-            intermediate_size = 48
-            layers = 2
-            heads = 4
-            kv_heads = 2
-            [data]
-            paths = ["corpus"]
-            length = 32
-            held_out = 0.3
-            [optimizer]
-            batch = 4
-            micro_batch = 2
-            [[phase]]
-            objective = "ar"
-            steps = {half}
-            lr = 1e-2
-            [[phase]]
-            objective = "block_diffusion"
-            steps = {half}
-            lr = 1e-2
-            corruption_warmup = 4
-            "#,
-            half = STEPS / 2
-        );
-        std::fs::write(folder.path().join("recipe.toml"), recipe).unwrap();
+        small_corpus(&corpus);
+        let mut recipe = small_recipe(&corpus);
+        (recipe.checkpoints.every, recipe.checkpoints.keep) = (1, 2);
+        (recipe.validation.every, recipe.validation.sequences) = (6, 2);
+        recipe.data.held_out = 0.3;
+        recipe.phase.iter_mut().for_each(|phase| phase.steps = STEPS / 2);
+        change(&mut recipe);
+        let text = toml::to_string(&recipe).unwrap();
+        std::fs::write(folder.path().join("recipe.toml"), text).unwrap();
         Lab { folder, _alone: alone }
     }
 
@@ -194,10 +171,7 @@ fn ctrl_c_leaves_a_checkpoint() {
     if gpu().is_none() {
         return;
     }
-    let lab = Lab::new();
-    let recipe = lab.run("recipe.toml");
-    let text = std::fs::read_to_string(&recipe).unwrap();
-    std::fs::write(&recipe, text.replace("every = 1,", "every = 1000,")).unwrap();
+    let lab = Lab::with(|recipe| recipe.checkpoints.every = 1000);
     let mut child = lab.spawn("stopped");
     let run = lab.run("stopped");
     let lines =

@@ -21,3 +21,39 @@ pub fn of_sequence(config: &LlamaConfig, mask: Mask, length: usize, supervised: 
     let head = 2.0 * (config.vocab_size * d) as f64 * supervised as f64;
     3.0 * (layer * config.num_hidden_layers as f64 + head)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Fresh;
+
+    #[test]
+    fn of_a_tiny_model_as_counted_by_hand() {
+        let fresh = Fresh {
+            hidden_size: 8,
+            intermediate_size: 12,
+            layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            ..Fresh::default()
+        };
+        let config = fresh.config(10, None, None);
+        // q 8·8, k and v 8·4 each, o 8·8; gate, up and down 8·12 each.
+        let weights = 64 + 32 + 32 + 64 + 3 * 96;
+        // Four tokens, blocks of two, and who sees how many.
+        let counts = [
+            (Mask::Causal, 4, 1 + 2 + 3 + 4),
+            (Mask::Full, 4, 4 + 4 + 4 + 4),
+            (Mask::BlockCausal(2), 4, 2 + 2 + 4 + 4),
+            // Noisy: its block and the clean one before it. Clean: as above.
+            (Mask::TwoCopy(2), 8, (2 + 2 + 4 + 4) + (2 + 2 + 4 + 4)),
+        ];
+        for (mask, rows, pairs) in counts {
+            // A pair costs a product of length 4 for its score and one for its value, in each of two heads.
+            let layer = 2 * weights * rows + 2 * (4 + 4) * 2 * pairs;
+            let head = 2 * 10 * 8 * 3;
+            let expected = 3 * (2 * layer + head);
+            assert_eq!(of_sequence(&config, mask, 4, 3), f64::from(expected), "{mask:?}");
+        }
+    }
+}

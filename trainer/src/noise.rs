@@ -175,14 +175,19 @@ impl Corruption {
         let mut out = Corrupted {
             tokens: x0.to_vec(),
             weights: vec![0.0; x0.len()],
-            rates: of.rates.iter().map(|&u| if u > 0.0 { 1.0 - u } else { 0.0 }).collect(),
+            rates: vec![0.0; of.rates.len()],
             n_forced: 0,
             block_length: self.block_length,
         };
-        for i in (0..x0.len()).filter(|&i| maskable[i] && of.weights[i] == 0.0) {
-            let rate = out.rates[i / self.block_length];
-            out.tokens[i] = self.mask_id;
-            out.weights[i] = self.schedule.rate_and_weight(rate, self.block_length).1;
+        for i in (0..x0.len()).filter(|&i| maskable[i]) {
+            let block = i / self.block_length;
+            // A rate of 0 that was drawn, not left: all of the block is masked here.
+            let rate = 1.0 - of.rates[block];
+            out.rates[block] = rate;
+            if of.weights[i] == 0.0 {
+                out.tokens[i] = self.mask_id;
+                out.weights[i] = self.schedule.rate_and_weight(rate, self.block_length).1;
+            }
         }
         out
     }

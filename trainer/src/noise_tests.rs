@@ -146,6 +146,66 @@ fn a_prompt_is_never_masked() {
 }
 
 #[test]
+fn a_complement_masks_what_was_visible_at_the_rate_that_is_left() {
+    let x0: Vec<u32> = (100..132).collect();
+    let maskable: Vec<bool> = (0..32).map(|i| i >= 11).collect();
+    for schedule in [Schedule::Clipped, Schedule::Unclipped] {
+        let corruption = corruption(4, schedule);
+        for step in 0..2000 {
+            let first = corruption.corrupt(&x0, &maskable, key(step, 0));
+            let second = corruption.complement(&x0, &maskable, &first);
+            assert_eq!(second.rates[..2], [0.0; 2], "prompt alone");
+            for (i, (&a, &b)) in first.weights.iter().zip(&second.weights).enumerate() {
+                assert_eq!((a > 0.0) != (b > 0.0), maskable[i], "once of twice, and no prompt");
+                assert_eq!(second.tokens[i], if b > 0.0 { MASK } else { x0[i] });
+                let (u, rate) = (first.rates[i / 4], second.rates[i / 4]);
+                assert!(!maskable[i] || rate == 1.0 - u);
+                let floor = if schedule == Schedule::Clipped { 0.25 } else { 0.0 };
+                assert!(b == 0.0 || b == 1.0 / rate.max(floor), "weight {b} at rate {rate}");
+            }
+        }
+    }
+}
+
+/// Where u is drawn as 0 nothing is masked, and its complement masks everything, at weight 1; and the other way round.
+#[test]
+fn the_complement_of_nothing_is_everything() {
+    let corruption = corruption(4, Schedule::Unclipped);
+    let (x0, maskable) = ([9; 8], [false, false, true, true, true, true, true, true]);
+    let nothing = Corrupted {
+        tokens: x0.to_vec(),
+        weights: vec![0.0; 8],
+        rates: vec![0.0; 2],
+        n_forced: 0,
+        block_length: 4,
+    };
+    let everything = corruption.complement(&x0, &maskable, &nothing);
+    assert_eq!(everything.tokens, [9, 9, 1, 1, 1, 1, 1, 1]);
+    assert_eq!(everything.weights, [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+    assert_eq!(everything.rates, [1.0; 2]);
+    assert_eq!(corruption.complement(&x0, &maskable, &everything), nothing);
+}
+
+#[test]
+fn strata_of_sequences_are_filled_once_a_step_and_leave_the_marginal_law_uniform() {
+    let n = 6;
+    let corruption =
+        Corruption { strata: Strata::Sequences(n), ..corruption(16, Schedule::Unclipped) };
+    let rate = |step, i| corruption.corrupt(&[9; 16], &[true; 16], key(step, i)).rates[0];
+    let steps: Vec<Vec<f32>> =
+        (0..20_000).map(|step| (0..n).map(|i| rate(step, i)).collect()).collect();
+    for rates in &steps {
+        let mut strata: Vec<u32> = rates.iter().map(|t| (t * n as f32) as u32).collect();
+        strata.sort_unstable();
+        assert_eq!(strata, (0..n).collect::<Vec<_>>());
+    }
+    for i in 0..n as usize {
+        let ks = kolmogorov_smirnov(steps.iter().map(|rates| rates[i]).collect());
+        assert!(ks < 1.95, "sequence {i}: t is not U(0,1), KS {ks}");
+    }
+}
+
+#[test]
 fn a_short_last_block_keeps_the_floor() {
     for step in 0..2000 {
         let out = corruption(4, Schedule::Clipped).corrupt(&[9; 6], &[true; 6], key(step, 0));

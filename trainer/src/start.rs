@@ -4,9 +4,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use demask_engine::autograd::without_recording;
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, Lora, Precision, Tokenizer};
-use demask_engine::ops::rows;
+use demask_engine::ops::embedding;
+use demask_engine::tensor::Tensor;
 
 use crate::bpe;
 use crate::data::build::{Hear, build};
@@ -18,6 +20,8 @@ use crate::recipe::{LoraSettings, Recipe};
 
 /// Of the mean norm of the embeddings: a mask embedding that is this much shorter or longer is set right.
 const SICK: f64 = 10.0;
+/// Other tokens that its length is compared with.
+const SAMPLE: usize = 512;
 
 /// The dataset of a recipe: the one it names, or one made of its paths in the run's folder (with the model's tokenizer,
 /// or one trained on this text).
@@ -135,31 +139,22 @@ pub struct MaskEmbedding {
 }
 
 /// Looks after the embedding of the mask token, which autoregressive training never touches: one that decayed to
-/// nothing lets gradients explode at the switch (arXiv 2512.15745 §7.1), so a sick one gets the mean length.
+/// nothing lets gradients explode at the switch (LLaDA2.0 technical report §7.1), so a sick one gets the mean
+/// length.
 /// Under an adapter the embedding is frozen, and a sick one is an error.
 pub fn mask_embedding(model: &Llama, mask_id: u32) -> Result<MaskEmbedding> {
     let embed = model.parameters()[0];
-    let (mut squares, mut n) = (0.0, 0.0);
     let norm_of = |row: &[f32]| row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-    let mut first = 0;
-    let mut mask = None;
-    for shard in &embed.shards {
-        let [height, width] = [shard.shape()[0], shard.shape()[1]];
-        for at in (0..height).step_by(height.div_ceil(16)) {
-            let sample = rows(&shard.detach(), at, (height - at).min(32)).to_vec()?;
-            for row in sample.chunks(width) {
-                squares += norm_of(row);
-                n += 1.0;
-            }
-        }
-        if (first..first + height).contains(&(mask_id as usize)) {
-            mask = Some((shard, mask_id as usize - first));
-        }
-        first += height;
-    }
-    let (shard, row) = mask.context("the mask token is no row of the embedding")?;
-    let values = rows(&shard.detach(), row, 1).to_vec()?;
-    let (norm, mean) = (norm_of(&values), squares / n);
+    let (rows, width) = (embed.shape[0], embed.shape[1]);
+    ensure!((mask_id as usize) < rows, "the mask token is no row of the embedding");
+    // The mask token first, and behind it tokens from all over the vocabulary.
+    let sample = (0..rows as u32).step_by(rows.div_ceil(SAMPLE));
+    let ids: Vec<u32> = [mask_id].into_iter().chain(sample).collect();
+    let ids = Tensor::from_u32(model.gpu(), &ids, [ids.len()]);
+    let values = without_recording(|| embedding(&ids, &embed.shards)).to_vec()?;
+    let (values, others) = values.split_at(width);
+    let lengths: Vec<f64> = others.chunks(width).map(norm_of).collect();
+    let (norm, mean) = (norm_of(values), lengths.iter().sum::<f64>() / lengths.len() as f64);
     let mended = norm * SICK < mean || norm > mean * SICK;
     ensure!(
         !mended || !model.has_adapter(),
@@ -167,13 +162,20 @@ pub fn mask_embedding(model: &Llama, mask_id: u32) -> Result<MaskEmbedding> {
          all weights, or name another token with model.mask_token"
     );
     if mended {
-        let width = values.len();
         let scaled: Vec<f32> = match norm > 0.0 {
             true => values.iter().map(|&x| (f64::from(x) * mean / norm) as f32).collect(),
             false => vec![(mean / (width as f64).sqrt()) as f32; width],
         };
-        let bytes: Vec<u8> = scaled.iter().flat_map(|x| x.to_le_bytes()).collect();
-        model.gpu().write(shard.buffer(), (row * width * 4) as u64, &bytes);
+        let mut row = mask_id as usize;
+        for shard in &embed.shards {
+            let height = shard.shape()[0];
+            if row < height {
+                let at = (row * width * 4) as u64;
+                model.gpu().write(shard.buffer(), at, bytemuck::cast_slice(&scaled));
+                break;
+            }
+            row -= height;
+        }
     }
     Ok(MaskEmbedding { norm, mean, mended })
 }

@@ -26,18 +26,19 @@ pub fn validate(
     let mut all = Vec::new();
     let mut total = Sum::default();
     for (i, (name, ..)) in data.sources().enumerate() {
-        let mut examples = data.of_source(i).take(sequences).enumerate();
-        let mut sum = Sum::default();
-        loop {
-            let micro: Vec<Example> = examples
-                .by_ref()
-                .take(recipe.optimizer.micro_batch)
-                .map(|(i, sequence)| plan.measured(sequence, i as u32))
-                .filter(|example| example.n_supervised() > 0)
-                .collect();
-            if micro.is_empty() {
-                break;
+        let sequences = data.of_source(i).take(sequences).enumerate();
+        let (mut sum, mut micro) = (Sum::default(), Vec::new());
+        for example in sequences.map(|(i, sequence)| plan.measured(sequence, i as u32)) {
+            sum.tokens += f64::from(example.divisor);
+            // Nothing in it came out masked: its tokens count, at no loss.
+            if example.n_supervised() > 0 {
+                micro.push(example);
             }
+            if micro.len() == recipe.optimizer.micro_batch {
+                sum.add(recipe, model, plan, &std::mem::take(&mut micro))?;
+            }
+        }
+        if !micro.is_empty() {
             sum.add(recipe, model, plan, &micro)?;
         }
         total.join(&sum);
@@ -67,7 +68,6 @@ impl Sum {
         let mask = plan.mask();
         let ce = without_recording(|| batch::loss(model, micro, mask, 1.0, document_mask, false));
         self.weighted += f64::from(ce.loss.item()?);
-        self.tokens += micro.iter().map(|e| f64::from(e.divisor)).sum::<f64>();
         let per_row = ce.per_row.to_vec()?;
         self.rows += per_row.len();
         self.ce += per_row.iter().map(|&c| f64::from(c)).sum::<f64>();

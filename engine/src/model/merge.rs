@@ -28,7 +28,7 @@ pub fn merge(
 ) -> Result<()> {
     let (mut config, weights) = Weights::open(base)?;
     lora.check(&config)?;
-    let tokenizer = Tokenizer::for_model(base, &config)?;
+    let files = tokenizer_files(base, &config)?;
     lora.decoding.apply(&mut config);
     let rows = |name: &str, range: Range<usize>| {
         let mut values = weights.rows_f32(name, range.clone())?;
@@ -40,7 +40,7 @@ pub fn merge(
         }
         Ok(values)
     };
-    write(out, &config, dtype, &tokenizer, hear, rows)
+    write(out, &config, dtype, &files, hear, rows)
 }
 
 /// Writes the mean of models of one shape, weight by weight, to the folder `out`, with the configuration and the
@@ -56,7 +56,7 @@ pub fn average(models: &[PathBuf], out: &Path, dtype: StoredType, hear: Hear<'_>
             return Err(Error::model(path, reason));
         }
     }
-    let tokenizer = Tokenizer::for_model(&models[0], config)?;
+    let files = tokenizer_files(&models[0], config)?;
     let rows = |name: &str, range: Range<usize>| {
         let mut mean: Vec<f64> = Vec::new();
         for (_, weights) in &opened {
@@ -66,7 +66,7 @@ pub fn average(models: &[PathBuf], out: &Path, dtype: StoredType, hear: Hear<'_>
         }
         Ok(mean.iter().map(|m| (m / opened.len() as f64) as f32).collect())
     };
-    write(out, config, dtype, &tokenizer, hear, rows)
+    write(out, config, dtype, &files, hear, rows)
 }
 
 /// The type a model is written in where nobody says: its own, or bf16 for one of quantised blocks.
@@ -80,11 +80,22 @@ pub fn written_type(model: &Path) -> Result<StoredType> {
     })
 }
 
+/// The files of a model's tokenizer; none for a folder that has none.
+fn tokenizer_files(model: &Path, config: &LlamaConfig) -> Result<Vec<(String, Vec<u8>)>> {
+    if model.is_dir()
+        && model.join("config.json").exists()
+        && !model.join("tokenizer.json").exists()
+    {
+        return Ok(Vec::new());
+    }
+    Tokenizer::for_model(model, config)?.files()
+}
+
 fn write(
     out: &Path,
     config: &LlamaConfig,
     dtype: StoredType,
-    tokenizer: &Tokenizer,
+    files: &[(String, Vec<u8>)],
     hear: Hear<'_>,
     mut rows: impl FnMut(&str, Range<usize>) -> Result<Vec<f32>>,
 ) -> Result<()> {
@@ -102,5 +113,5 @@ fn write(
         hear(f64::from(done) / tensors.len() as f64);
         Ok(())
     };
-    save_model(out, config, &tensors, fill, &tokenizer.files()?)
+    save_model(out, config, &tensors, fill, files)
 }

@@ -84,18 +84,18 @@ fn build_in_lots(
     vocabulary.check(recipe.fim_rate > 0.0, chat)?;
     let mut reports = vec![Report::default(); recipe.source.len()];
     let parts = parts(recipe, &mut reports, lot_bytes)?;
-    let fingerprint = fingerprint(recipe, vocabulary, &parts)?;
+    let contamination = recipe.decontaminate.as_ref().map(Contamination::read).transpose()?;
+    let fingerprint = fingerprint(recipe, vocabulary, contamination.as_ref(), &parts)?;
     if out.join("dataset.json").exists() {
         let dataset = Dataset::open(out)?;
         ensure!(
             dataset.manifest.fingerprint == fingerprint,
-            "{} holds a dataset of another recipe, input or tokenizer; remove it or name another folder",
+            "{} holds a dataset of another recipe, input, evaluation set or tokenizer; remove it or name another folder",
             out.display()
         );
         return Ok(dataset);
     }
     begin(out, fingerprint)?;
-    let contamination = recipe.decontaminate.as_ref().map(Contamination::read).transpose()?;
     let total = parts.iter().map(|p| p.bytes).sum();
     let read = |part: &Part| survey(recipe, vocabulary, contamination.as_ref(), part);
     let mut notes = in_parallel(&parts, &read, &|done| hear(Progress::Reading(done, total)))?;
@@ -142,8 +142,13 @@ fn build_in_lots(
     Dataset::open(out)
 }
 
-/// What decides the result: recipe, tokenizer, names and sizes of the inputs.
-fn fingerprint(recipe: &CorpusRecipe, vocabulary: &Vocabulary, parts: &[Part]) -> Result<u64> {
+/// What decides the result: recipe, tokenizer, text of the evaluation sets, names and sizes of the inputs.
+fn fingerprint(
+    recipe: &CorpusRecipe,
+    vocabulary: &Vocabulary,
+    contamination: Option<&Contamination>,
+    parts: &[Part],
+) -> Result<u64> {
     // Paths are left out: the same files elsewhere make the same dataset.
     let mut recipe = recipe.clone();
     recipe.tokenizer = None;
@@ -151,6 +156,9 @@ fn fingerprint(recipe: &CorpusRecipe, vocabulary: &Vocabulary, parts: &[Part]) -
     recipe.decontaminate.iter_mut().for_each(|d| d.against.clear());
     let mut text = toml::to_string(&recipe)?;
     text += &format!("{VERSION} {}\n", vocabulary.fingerprint());
+    if let Some(contamination) = contamination {
+        text += &format!("{}\n", contamination.fingerprint());
+    }
     parts.iter().for_each(|part| text += &part.describe());
     Ok(fnv1a(text.bytes()))
 }

@@ -366,3 +366,34 @@ fn an_interrupted_build_goes_on_and_another_recipe_is_refused() {
     let error = build(&recipe, &broken, &|_| true).err().unwrap().to_string();
     assert!(error.contains("another recipe"), "{error}");
 }
+
+#[test]
+fn a_dataset_is_reused_only_with_the_same_evaluation_sets() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("in"), "a.py", "def one_two_three(four):\n    return five(six)\n");
+    write(&folder.path().join("in"), "b.py", "x = 1\n");
+    let mut recipe = recipe(&folder.path().join("in"));
+    let (vocabulary, _) = vocabulary();
+    let out = folder.path().join("out");
+    let mut built = |against: &[&str]| -> Result<usize> {
+        let against = against.iter().map(|name| folder.path().join(name)).collect();
+        recipe.decontaminate = Some(super::super::recipe::Decontaminate { against, words: 4 });
+        let dataset = build(&recipe, &vocabulary, &out, &|_| true)?;
+        Ok(dataset.manifest.sources[0].report.documents)
+    };
+    let set = |text: &str| json!({ "prompt": text }).to_string();
+    write(folder.path(), "eval.jsonl", set("nothing of the kind here"));
+    assert_eq!(built(&["eval.jsonl"]).unwrap(), 2);
+    let written = || fs::metadata(out.join("dataset.json")).unwrap().modified().unwrap();
+    let before = written();
+    // The same text in another place.
+    write(folder.path(), "elsewhere/a.jsonl", set("Nothing of the kind, here!"));
+    assert_eq!(built(&["elsewhere/a.jsonl"]).unwrap(), 2);
+    assert_eq!(written(), before);
+    // Other text in the same place.
+    write(folder.path(), "eval.jsonl", set("one_two_three four return five"));
+    let error = built(&["eval.jsonl"]).err().unwrap().to_string();
+    assert!(error.contains("evaluation set"), "{error}");
+    fs::remove_dir_all(&out).unwrap();
+    assert_eq!(built(&["eval.jsonl"]).unwrap(), 1);
+}

@@ -46,6 +46,11 @@ impl Contamination {
         }
     }
 
+    /// Says the contents of the sets; not where they lie, nor their order.
+    pub fn fingerprint(&self) -> u64 {
+        self.runs.iter().fold(self.runs.len() as u64, |sum, run| sum.wrapping_add(*run))
+    }
+
     /// Whether a text shares a run with an evaluation set.
     pub fn touches(&self, text: &str) -> bool {
         runs(text, self.words).any(|run| self.runs.contains(&run))
