@@ -12,6 +12,7 @@ mod demo;
 mod doctor;
 mod generate;
 mod interrupt;
+mod plan;
 mod report;
 mod score;
 mod show;

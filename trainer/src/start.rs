@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Precision, Tokenizer};
+use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer};
 use demask_engine::ops::rows;
 
 use crate::bpe;
@@ -48,7 +48,7 @@ pub fn dataset(recipe: &Recipe, run: &Path, hear: Hear<'_>) -> Result<Dataset> {
 /// The model and tokenizer that a run starts from.
 pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, Tokenizer)> {
     if let Some(from) = &recipe.model.from {
-        let model = Llama::load(gpu, from, Precision::F32)?.trainable();
+        let model = weights(gpu, recipe, None)?;
         let tokenizer = Tokenizer::for_model(from, model.config())?;
         same_tokens(&tokenizer, dataset)?;
         return Ok((model, tokenizer));
@@ -59,7 +59,18 @@ pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, To
     config.validate(&dataset.tokenizer())?;
     let tokenizer = Tokenizer::from_folder(&dataset.tokenizer(), &config)?;
     let config = fresh.config(vocabulary.size, Some(vocabulary.eos), tokenizer.mask_token_id());
-    Ok((Llama::random(gpu, &config, recipe.seed)?.trainable(), tokenizer))
+    Ok((weights(gpu, recipe, Some(&config))?, tokenizer))
+}
+
+/// The weights that a run starts from: those on disk, or fresh ones of this shape.
+pub fn weights(gpu: &Gpu, recipe: &Recipe, fresh: Option<&LlamaConfig>) -> Result<Llama> {
+    let model = match (&recipe.model.from, fresh) {
+        (Some(from), _) => Llama::load(gpu, from, Precision::F32)?,
+        (None, fresh) => {
+            Llama::random(gpu, fresh.context("a fresh model has a shape")?, recipe.seed)?
+        }
+    };
+    Ok(model.trainable())
 }
 
 /// A dataset says tokens by number, so the model must mean the same by them.

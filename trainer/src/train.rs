@@ -10,13 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, StoredType, Tokenizer};
-use demask_engine::tensor::Tensor;
 use serde_json::json;
 
-use crate::batch::{self, StepPlan};
+use crate::batch::{self, Reported, StepPlan};
 use crate::checkpoint::{self, LogBytes, TrainerState};
 use crate::data::build::Progress;
 use crate::data::shards::{Dataset, write_atomically};
@@ -210,29 +208,16 @@ impl Trainer {
         let (plan, phase) = (self.plan(place), place.phase);
         let first = place.sequences + self.history.passed_over;
         let examples = plan.examples(&self.data, first);
-        let divisor = batch::divisor(&examples);
-        let (mask, document_mask) = (plan.mask(), self.recipe.data.document_mask);
-        let mut gradients = Gradients::new();
-        let mut parts = Vec::new();
-        for micro in examples.chunks(settings.micro_batch) {
-            // Early in the warm-up a micro-batch may have no masked token, and then it teaches nothing.
-            if micro.iter().all(|e| e.n_supervised() == 0) {
-                continue;
-            }
-            let recompute = self.recipe.recompute;
-            let ce = batch::loss(&self.model, micro, mask, divisor, document_mask, recompute);
-            let one = Tensor::from_f32(self.model.gpu(), &[1.0], [1]);
-            backward(&ce.loss, &one, &mut gradients);
-            let rates: Vec<f32> = micro.iter().flat_map(|e| e.rates.iter().copied()).collect();
-            parts.push((ce.loss.detach(), ce.per_row, rates));
-        }
+        let mask = plan.mask();
+        let (gradients, parts) =
+            batch::gradients(&self.model, &self.recipe, &examples, mask, || {});
         let lr = phase.learning_rate().lr(place.phase_step);
         let limit = self.history.limit(&self.recipe.guard);
         let norm = self.optimizer.step(&self.model, &gradients, settings, lr, limit)?;
         drop(gradients);
         let (mut loss, mut ce) = (0.0, ByRate::default());
-        for (part, per_row, rates) in parts {
-            loss += f64::from(part.item()?);
+        for Reported { loss: share, per_row, rates } in parts {
+            loss += f64::from(share.item()?);
             ce.add(&per_row.to_vec()?, &rates);
         }
         let norm = f64::from(norm.to_vec()?[0]);
