@@ -65,7 +65,7 @@ trial() {
 trial ar                         4096 256  704 6 256 8 4 f32  false "ar"
 trial block-micro-2              4096 256  704 6 256 4 2 f32  false "block_diffusion"
 trial block-recompute-8bit       8192 384 1024 8 256 4 4 8bit true  "block_diffusion"
-trial full-8bit-large-vocabulary 12288 256 704 4 256 4 2 8bit false "full_diffusion"
+trial full-8bit                  8192 256 704 4 256 4 2 8bit false "full_diffusion"
 trial curriculum-recompute       4096 320  896 6 512 2 1 f32  true  "ar block_diffusion" "document_mask = true"
 trial causal-wide                4096 512 1408 4 128 8 8 f32  false "causal_diffusion"
 exit $failed

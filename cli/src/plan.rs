@@ -31,8 +31,18 @@ pub fn run(
             }
         })
     };
-    let own = planned(recipe)?;
     let fits = |plan: &Plan| memory.map(|memory| plan.peak <= memory);
+    let own = match planned(recipe) {
+        Ok(plan) => plan,
+        // A tensor that the device cannot bind, say: with smaller ones it might run.
+        Err(why) => {
+            let runs = |s: &Switch| planned(&s.recipe).is_ok_and(|p| fits(&p) != Some(false));
+            return Err(match switches(recipe).into_iter().find(runs) {
+                Some(switch) => why.context(format!("with {} it would run", switch.text)),
+                None => why,
+            });
+        }
+    };
     let mut tried: Vec<(Switch, Plan)> = Vec::new();
     if fits(&own) != Some(true) {
         for switch in switches(recipe) {
@@ -59,6 +69,7 @@ pub fn run(
             "parameters": own.parameters,
             "peak_bytes": own.peak,
             "when": own.when,
+            "vocabulary_asked": own.vocabulary_asked,
             "memory_bytes": memory,
             "fits": fits(&own),
             "changes": tried.iter().map(change).collect::<Vec<_>>(),
@@ -111,6 +122,10 @@ fn table(gpu: &Gpu, own: &Plan, memory: Option<u64>, tried: &[(Switch, Plan)]) -
     let parameters = ui::count(own.parameters as f64);
     let device = format!("{parameters} parameters on {}", gpu.adapter().describe());
     text += &format!("\n   {}\n", ui::dim(&device));
+    if let Some(asked) = own.vocabulary_asked {
+        let line = format!("vocabulary of {asked}, as asked for; the text may give a smaller one");
+        text += &format!("   {}\n", ui::dim(&line));
+    }
     let verdict = |plan: &Plan| match memory {
         Some(memory) if plan.peak <= memory => ui::good("fits"),
         Some(_) => ui::bad("does not fit"),

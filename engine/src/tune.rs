@@ -148,6 +148,8 @@ impl Tuning {
                     let field = Field::empty(&self.gpu, cut(product).even());
                     let kernels = field.product.kernels(&self.gpu);
                     kernels.into_iter().for_each(|kernel| field.run(kernel));
+                    // A kernel that wants more than the device can bind leaves the race.
+                    let _ = self.gpu.sync();
                 }
             }
         }

@@ -103,6 +103,7 @@ fn a_plan_tells_what_the_run_takes() {
         let run = folder.path().join(name);
         let before = planned(&dry, &recipe, &run);
         assert!(!run.exists(), "{name}: a plan wrote something");
+        assert_eq!(before.vocabulary_asked, Some(1024));
         // Answers are long to hold, not to write.
         let tokens = recipe.validation.sample_tokens;
         let peak = match tokens > 64 {
@@ -201,7 +202,8 @@ fn the_command_names_what_makes_a_run_fit() {
     std::fs::write(&path, recipe(&text, &["block_diffusion"])).unwrap();
     let (file, out) = (path.display().to_string(), folder.path().join("run"));
     let place = out.display().to_string();
-    let train = |more: &[&str]| demask(&[&["train", &file, "--out", &place][..], more].concat());
+    let usual = ["train", &file, "--out", &place, "--no-tune"];
+    let train = |more: &[&str]| demask(&[&usual[..], more].concat());
 
     let (code, table, complaint) = train(&["--plan"]);
     assert_eq!(code, 0, "{complaint}");
@@ -227,9 +229,9 @@ fn the_command_names_what_makes_a_run_fit() {
     assert!(!out.exists(), "a plan wrote into the run's folder");
 
     // The plan holds: within it the run goes through, with less it does not.
-    let (code, _, complaint) = train(&["--no-tune", "--memory", &less]);
+    let (code, _, complaint) = train(&["--memory", &less]);
     assert!(code == 1 && complaint.contains("memory"), "{complaint}");
     let enough = (peak + peak / 20).to_string();
-    let (code, _, complaint) = train(&["--no-tune", "--memory", &enough]);
+    let (code, _, complaint) = train(&["--memory", &enough]);
     assert_eq!(code, 0, "{complaint}");
 }

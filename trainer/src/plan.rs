@@ -49,6 +49,9 @@ pub struct Plan {
     pub peak: u64,
     /// What the run does then.
     pub when: String,
+    /// The run will train its tokenizer, and the vocabulary is taken as large as was asked for; the text may give a
+    /// smaller one.
+    pub vocabulary_asked: Option<usize>,
 }
 
 /// A change of a recipe that takes less memory.
@@ -73,15 +76,6 @@ struct Rehearsal<'a> {
     plan: Plan,
 }
 
-/// The examples of a step, as far as they matter.
-#[derive(Clone)]
-struct Drawn {
-    step: u64,
-    /// Supervised rows of the fullest micro-batch.
-    rows: usize,
-    examples: Vec<Example>,
-}
-
 /// Plans the run of `recipe` in the folder `run` on a device opened with `GpuOptions::dry`. `prepare` is called where a
 /// run chooses its kernels.
 ///
@@ -90,13 +84,17 @@ struct Drawn {
 pub fn plan(gpu: &Gpu, recipe: &Recipe, run: &Path, prepare: &dyn Fn(&Llama)) -> Result<Plan> {
     ensure!(gpu.is_dry(), "a plan needs a device that only counts");
     recipe.check()?;
+    // What an earlier plan failed on is not this one's.
+    let _ = gpu.sync();
     gpu.reset_peak();
-    let model = start::weights(gpu, recipe, shape(recipe, run)?.as_ref())?;
+    let (shape, vocabulary_asked) = shape(recipe, run)?;
+    let model = start::weights(gpu, recipe, shape.as_ref())?;
     let weights = held(gpu);
     let optimizer = OptimizerState::new(&model, &recipe.optimizer);
     let moments = &held(gpu) - &weights;
     prepare(&model);
-    let plan = Plan { parameters: model.config().num_parameters(), ..Plan::default() };
+    let parameters = model.config().num_parameters();
+    let plan = Plan { parameters, vocabulary_asked, ..Plan::default() };
     let mut rehearsal = Rehearsal { gpu, recipe, model, optimizer, weights, moments, plan };
     rehearsal.note("choosing kernels", &HashSet::new(), &HashSet::new());
     let mut first = 0;
@@ -180,19 +178,18 @@ fn halves(n: usize, least: usize) -> impl Iterator<Item = usize> {
 impl Rehearsal<'_> {
     /// A phase whose first step is `first` of the run.
     fn phase(&mut self, phase: &Phase, first: u64) -> Result<()> {
-        // The fewest supervised rows can take more than the most, where one chunk of logits is kept.
-        let (mut most, mut fewest): (Option<Drawn>, Option<Drawn>) = (None, None);
-        for step in drawn_steps(self.recipe, phase) {
-            let Some(drawn) = draw(self.recipe, first + step) else { continue };
-            if fewest.as_ref().is_none_or(|d| drawn.rows < d.rows) {
-                fewest = Some(drawn.clone());
-            }
-            if most.as_ref().is_none_or(|d| drawn.rows > d.rows) {
-                most = Some(drawn);
-            }
-        }
-        for drawn in most.into_iter().chain(fewest) {
-            self.step(&drawn)?;
+        let steps = drawn_steps(self.recipe, phase).into_iter().map(|step| first + step);
+        let all: Vec<(u64, [usize; 2])> =
+            steps.filter_map(|step| Some((step, supervised(&draw(self.recipe, step)?)))).collect();
+        // A later micro-batch runs beside gradients, the first without. The fewest supervised rows can take more than
+        // the most, where one chunk of logits is kept.
+        let chosen = [
+            all.iter().max_by_key(|(_, [_, later])| *later),
+            all.iter().max_by_key(|(_, [first, _])| *first),
+            all.iter().min_by_key(|(_, [_, later])| *later),
+        ];
+        for step in chosen.into_iter().flatten().map(|(step, _)| *step).collect::<BTreeSet<_>>() {
+            self.step(step)?;
         }
         if self.recipe.validation.every > 0 {
             self.validation(first + phase.steps - 1)?;
@@ -201,13 +198,16 @@ impl Rehearsal<'_> {
     }
 
     /// What `Trainer::train_step` does.
-    fn step(&mut self, drawn: &Drawn) -> Result<()> {
-        let Some(plan) = step_plan(self.recipe, drawn.step) else { return Ok(()) };
+    fn step(&mut self, step: u64) -> Result<()> {
         let (gpu, recipe) = (self.gpu, self.recipe);
+        let Some((plan, micro)) = step_plan(recipe, step).zip(draw(recipe, step)) else {
+            return Ok(());
+        };
+        let examples = micro.concat();
         gpu.reset_peak();
         let mut forward = HashSet::new();
         let (gradients, parts) =
-            batch::gradients(&self.model, recipe, &drawn.examples, plan.mask(), || {
+            batch::gradients(&self.model, recipe, &examples, plan.mask(), || {
                 forward.extend(held(gpu));
             });
         let left = held(gpu);
@@ -259,8 +259,9 @@ impl Rehearsal<'_> {
         if peak <= self.plan.peak {
             return;
         }
-        let parameters = self.plan.parameters;
-        let mut plan = Plan { parameters, peak, when: when.to_owned(), ..Plan::default() };
+        let Plan { parameters, vocabulary_asked, .. } = self.plan;
+        let when = when.to_owned();
+        let mut plan = Plan { parameters, vocabulary_asked, peak, when, ..Plan::default() };
         for (id, bytes) in self.gpu.holdings().at_peak {
             let kinds = [
                 (&self.weights, &mut plan.weights),
@@ -282,19 +283,19 @@ fn held(gpu: &Gpu) -> HashSet<u64> {
     gpu.holdings().now.into_keys().collect()
 }
 
-/// The shape of a fresh model; `None` for one on disk. Where the run is to train its tokenizer, the vocabulary has the
-/// size that was asked for, which is the most it can get.
-fn shape(recipe: &Recipe, run: &Path) -> Result<Option<LlamaConfig>> {
-    let (Some(fresh), None) = (&recipe.model.fresh, &recipe.model.from) else { return Ok(None) };
+/// The shape of a fresh model, and its vocabulary if that is only what was asked for; nothing for a model on disk.
+fn shape(recipe: &Recipe, run: &Path) -> Result<(Option<LlamaConfig>, Option<usize>)> {
+    let Some(fresh) = &recipe.model.fresh else { return Ok((None, None)) };
     let tokenizer = match &recipe.data.dataset {
         Some(folder) => Dataset::open(folder)?.tokenizer(),
         None => run.join("tokenizer"),
     };
     let known = recipe.data.dataset.is_some() || tokenizer.join("tokenizer_config.json").exists();
-    let size = if known { Vocabulary::open(&tokenizer)?.size } else { fresh.vocab_size };
+    let asked = (!known).then_some(fresh.vocab_size);
+    let size = asked.map_or_else(|| Ok(Vocabulary::open(&tokenizer)?.size), anyhow::Ok)?;
     let config = fresh.config(size, None, None);
     config.validate(&tokenizer)?;
-    Ok(Some(config))
+    Ok((Some(config), asked))
 }
 
 /// The steps of a phase whose noise is drawn, counted from its first: spread over all of them, and where the block
@@ -329,21 +330,33 @@ fn text(recipe: &Recipe) -> Sequence {
     }
 }
 
-/// A step's examples, in as many micro-batches as tell how it goes: the last one's gradients, if there are several, are
-/// added to those of others, and behind the second each is like the one before.
-fn draw(recipe: &Recipe, step: u64) -> Option<Drawn> {
+/// A step's micro-batches, as many as tell how it goes: the first, the fullest of those behind it, which add to the
+/// gradients of others, and one that is not whole.
+fn draw(recipe: &Recipe, step: u64) -> Option<Vec<Vec<Example>>> {
     let plan = step_plan(recipe, step)?;
     let (n, micro) = (recipe.optimizer.batch, recipe.optimizer.micro_batch);
-    let examples: Vec<Example> = (0..n).map(|i| plan.example(text(recipe), i as u32)).collect();
-    let rows = |part: &[Example]| part.iter().map(Example::n_supervised).sum::<usize>();
-    let whole = examples.chunks_exact(micro);
-    let rest = whole.remainder();
-    let mut parts: Vec<&[Example]> = whole.collect();
-    parts.sort_by_key(|part| rows(part));
-    // The fullest comes when gradients are there already, as it does in some step.
-    let parts = parts.split_off(parts.len().saturating_sub(2));
-    let rows = parts.iter().copied().chain([rest]).map(rows).max()?;
-    Some(Drawn { step, rows, examples: [&parts.concat()[..], rest].concat() })
+    let mut examples = (0..n).map(|i| plan.example(text(recipe), i as u32));
+    let mut parts: Vec<Vec<Example>> = Vec::new();
+    loop {
+        let part: Vec<Example> = examples.by_ref().take(micro).collect();
+        match parts.len() {
+            _ if part.is_empty() => break,
+            2 if part.len() == micro && rows(&part) <= rows(&parts[1]) => {}
+            2 if part.len() == micro => parts[1] = part,
+            _ => parts.push(part),
+        }
+    }
+    Some(parts)
+}
+
+fn rows(micro: &[Example]) -> usize {
+    micro.iter().map(Example::n_supervised).sum()
+}
+
+/// Supervised rows of the first micro-batch, and of the fullest behind it.
+fn supervised(micro: &[Vec<Example>]) -> [usize; 2] {
+    let rows = |part: &Vec<Example>| rows(part);
+    [micro.first().map_or(0, rows), micro.iter().skip(1).map(rows).max().unwrap_or(0)]
 }
 
 #[cfg(test)]
