@@ -58,9 +58,23 @@ impl Common {
         self.open_gpu_with(model.f16_products)
     }
 
-    fn open_gpu_with(&self, f16_products: bool) -> Result<Gpu> {
+    /// The device for training, of whose memory this much may be used.
+    pub fn open_gpu_within(&self, budget: Option<u64>) -> Result<Gpu> {
+        self.announced(GpuOptions { budget, ..GpuOptions::default() })
+    }
+
+    /// The device as one that only counts memory.
+    pub fn open_dry_gpu(&self) -> Result<Gpu> {
         let adapter = self.adapter.clone();
-        let gpu = Gpu::open(GpuOptions { adapter, f16_products, ..GpuOptions::default() })?;
+        Ok(Gpu::open(GpuOptions { adapter, dry: true, ..GpuOptions::default() })?)
+    }
+
+    fn open_gpu_with(&self, f16_products: bool) -> Result<Gpu> {
+        self.announced(GpuOptions { f16_products, ..GpuOptions::default() })
+    }
+
+    fn announced(&self, options: GpuOptions) -> Result<Gpu> {
+        let gpu = Gpu::open(GpuOptions { adapter: self.adapter.clone(), ..options })?;
         let entry = gpu.adapter();
         if entry.is_software() {
             let why = match self.adapter_named() {
@@ -190,9 +204,46 @@ impl std::str::FromStr for Ids {
     }
 }
 
+/// An amount of memory, as in `8GiB`, `512M` or `1.5GB`; without a unit, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+impl std::str::FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Bytes, String> {
+        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let factor = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1.0,
+            "k" | "kib" => 1024.0,
+            "m" | "mib" => 1024.0 * 1024.0,
+            "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
+            "kb" => 1e3,
+            "mb" => 1e6,
+            "gb" => 1e9,
+            _ => return Err(format!("{unit:?} is no unit; write 8GiB, 512MiB or 8GB")),
+        };
+        match number.parse::<f64>() {
+            Ok(n) if n * factor >= 1.0 => Ok(Bytes((n * factor) as u64)),
+            _ => Err(format!("{text:?} is no amount of memory; write 8GiB, 512MiB or 8GB")),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Ids;
+    use super::{Bytes, Ids};
+
+    #[test]
+    fn amounts_of_memory() {
+        let amounts = ["8GiB", "8G", "1.5 MiB", "2kb", "12"].map(|t| t.parse());
+        let bytes = [8 << 30, 8 << 30, 3 << 19, 2000, 12].map(|b| Ok(Bytes(b)));
+        assert_eq!(amounts, bytes);
+        for wrong in ["", "GiB", "8 apples", "0", "-1", "1.2.3"] {
+            assert!(wrong.parse::<Bytes>().is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn ids_from_a_list() {

@@ -13,6 +13,7 @@ mod doctor;
 mod generate;
 mod interrupt;
 mod merge;
+mod plan;
 mod report;
 mod score;
 mod show;

@@ -16,11 +16,11 @@ use demask_trainer::train::{Event, Outcome, Trainer};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use crate::args::Common;
+use crate::args::{Bytes, Common};
 use crate::data::Bar;
 use crate::tune::TuneArgs;
 use crate::ui::Notices;
-use crate::{interrupt, ui};
+use crate::{interrupt, plan, ui};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,6 +28,7 @@ Examples:
   demask train recipe.toml --out runs/first        the same again resumes
   demask train recipe.toml --out runs/first --stop-after 1000
   demask train recipe.toml --out runs/first --replay runs/first/skipped/step-00000120.json
+  demask train recipe.toml --out runs/first --plan --memory 8GiB
 
 A recipe, short:
   [model.fresh]                  # or: model.from = \"DIR\"
@@ -78,6 +79,19 @@ pub struct Args {
     #[arg(long, value_name = "FILE.json", conflicts_with = "stop_after")]
     replay: Option<PathBuf>,
 
+    /// Print what the run would take of the device's memory, and leave without having taken or written any
+    ///
+    /// The run is rehearsed on a device that only counts. With --memory, says whether it fits, and if
+    /// not which change of the recipe would make it fit; exit code 1 if it does not fit.
+    #[arg(long, conflicts_with = "stop_after")]
+    plan: bool,
+
+    /// Use this much of the device's memory at most, as in 8GiB; without it, what the device gives
+    ///
+    /// Counted are the buffers of the run; the driver takes some more.
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
+
     #[command(flatten)]
     tune: TuneArgs,
 
@@ -86,13 +100,17 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
+    let memory = args.memory.map(|Bytes(bytes)| bytes);
+    let recipe = Recipe::read(&args.recipe)?;
+    if args.plan {
+        return plan::run(&recipe, &args.out, memory, &args.tune, &args.common);
+    }
     interrupt::listen("saving a checkpoint after this step");
     let notices = args.common.notices();
-    let recipe = Recipe::read(&args.recipe)?;
     let (length, batch) = (recipe.data.length, recipe.optimizer.batch);
-    let rows = length * recipe.optimizer.micro_batch;
+    let rows = rows(&recipe);
     let total = recipe.total_steps();
-    let gpu = args.common.open_gpu()?;
+    let gpu = args.common.open_gpu_within(memory)?;
     notices.say(&format!("device     {}", gpu.adapter().describe()));
     let bar = OnceLock::new();
     let mut trainer = Trainer::open(&gpu, recipe, &args.out, &|event| {
@@ -114,8 +132,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         return replay(&trainer, path, args.common.output.json);
     }
 
-    // Rows of a plain pass, and of the two copies of block diffusion.
-    let products = tune::products(trainer.model(), &[rows, 2 * rows], true);
+    let products = tune::products(trainer.model(), &rows, true);
     args.tune.prepare(&gpu, &products, notices)?;
 
     trainer.set_device_flops(multiply_adds(&gpu)?);
@@ -225,6 +242,12 @@ fn replay(trainer: &Trainer, path: &Path, json: bool) -> Result<ExitCode> {
         ui::print(&format!("{:>8.3}  {text}\n", ce(i)))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Rows of a plain pass, and of the two copies of block diffusion.
+pub fn rows(recipe: &Recipe) -> [usize; 2] {
+    let rows = recipe.data.length * recipe.optimizer.micro_batch;
+    [rows, 2 * rows]
 }
 
 /// What is worth a line of its own.

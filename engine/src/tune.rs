@@ -137,6 +137,24 @@ impl Tuning {
         Ok(())
     }
 
+    /// Makes the device, one that only counts, use what was decided for these products, and takes the memory that the
+    /// race of the others would take: see [`crate::gpu::GpuOptions::dry`].
+    pub fn rehearse(&self, products: &[Product]) {
+        for product in products {
+            let known = self.decisions.get(&product.class_name());
+            match known.and_then(|d| MatmulKernel::named(&d.chosen)) {
+                Some(kernel) => product.decide(&self.gpu, kernel),
+                None => {
+                    let field = Field::empty(&self.gpu, cut(product).even());
+                    let kernels = field.product.kernels(&self.gpu);
+                    kernels.into_iter().for_each(|kernel| field.run(kernel));
+                    // A kernel that wants more than the device can bind leaves the race.
+                    let _ = self.gpu.sync();
+                }
+            }
+        }
+    }
+
     /// Forgets every decision, on the device and on disk.
     ///
     /// # Errors
@@ -296,6 +314,18 @@ impl Field {
         }
     }
 
+    /// Operands without values.
+    fn empty(gpu: &Gpu, product: Product) -> Field {
+        let (a_shape, w_shape) = product.shapes();
+        Field {
+            a: Tensor::empty(gpu, a_shape, DType::F32, "tuning"),
+            w: Tensor::empty(gpu, w_shape, product.weight, "tuning"),
+            y: Tensor::empty(gpu, [product.m, product.n], DType::F32, "tuning"),
+            product,
+            samples: Vec::new(),
+        }
+    }
+
     fn run(&self, kernel: MatmulKernel) {
         self.product.run(kernel, &self.a, &self.w, &self.y);
     }
@@ -333,11 +363,16 @@ fn best_of(racing: &[(MatmulKernel, f64)]) -> f64 {
     racing.iter().map(|(_, seconds)| *seconds).fold(f64::INFINITY, f64::min)
 }
 
-fn race(gpu: &Gpu, product: &Product) -> Result<Decision> {
+/// The product that races for `product`'s class.
+fn cut(product: &Product) -> Product {
     let Product { m, n, k, .. } = *product;
-    let cut = Product { m: m.min(MOST[0]), n: n.min(MOST[1]), k: k.min(MOST[2]), ..*product };
+    Product { m: m.min(MOST[0]), n: n.min(MOST[1]), k: k.min(MOST[2]), ..*product }
+}
+
+fn race(gpu: &Gpu, product: &Product) -> Result<Decision> {
+    let cut = cut(product);
     // A small product with ragged extents first: edges are where kernels go wrong.
-    let ragged = Field::new(gpu, Product { m: m.min(37), n: 100, k: 96, ..cut }.even());
+    let ragged = Field::new(gpu, Product { m: cut.m.min(37), n: 100, k: 96, ..cut }.even());
     let field = Field::new(gpu, cut.even());
     let default = product.default_kernel(gpu);
     let mut candidates = BTreeMap::new();

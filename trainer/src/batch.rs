@@ -1,6 +1,7 @@
 //! From packed sequences to a loss on the device: lays out the examples of one step under an objective and runs
 //! them in micro-batches. What a step draws depends on (seed, step, sequence), never on the split.
 
+use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Inputs, Llama};
 use demask_engine::ops::{AttentionOptions, CrossEntropy, Mask, Supervision, linear_cross_entropy};
@@ -8,7 +9,7 @@ use demask_engine::tensor::Tensor;
 
 use crate::noise::{Corrupted, Corruption, Example, NoiseKey, Schedule, Strata};
 use crate::pack::{Packed, Sequence};
-use crate::recipe::{Objective, Place};
+use crate::recipe::{Objective, Place, Recipe};
 
 /// How one step turns sequences into examples.
 pub struct StepPlan<'a> {
@@ -110,6 +111,44 @@ impl StepPlan<'_> {
 /// sum over the step's sequences, so splitting a step into micro-batches changes nothing.
 pub fn divisor(examples: &[Example]) -> f32 {
     examples.iter().map(|e| e.divisor).sum::<f32>().max(1.0)
+}
+
+/// What is reported of a micro-batch.
+pub struct Reported {
+    /// f32 [1]: its share of the step's loss.
+    pub loss: Tensor,
+    /// f32 [R]: cross-entropy of each supervised row.
+    pub per_row: Tensor,
+    /// Mask rate of each of them; none under an autoregressive objective.
+    pub rates: Vec<f32>,
+}
+
+/// Adds up a step's gradients over its micro-batches. `between` is called between each one's passes forward and back,
+/// when the device holds all that the way back needs.
+pub fn gradients(
+    model: &Llama,
+    recipe: &Recipe,
+    examples: &[Example],
+    mask: Mask,
+    mut between: impl FnMut(),
+) -> (Gradients, Vec<Reported>) {
+    let divisor = divisor(examples);
+    let mut gradients = Gradients::new();
+    let mut parts = Vec::new();
+    for micro in examples.chunks(recipe.optimizer.micro_batch) {
+        // Early in the warm-up a micro-batch may have no masked token, and then it teaches nothing.
+        if micro.iter().all(|e| e.n_supervised() == 0) {
+            continue;
+        }
+        let (document_mask, recompute) = (recipe.data.document_mask, recipe.recompute);
+        let ce = loss(model, micro, mask, divisor, document_mask, recompute);
+        between();
+        let one = Tensor::from_f32(model.gpu(), &[1.0], [1]);
+        backward(&ce.loss, &one, &mut gradients);
+        let rates = micro.iter().flat_map(|e| e.rates.iter().copied()).collect();
+        parts.push(Reported { loss: ce.loss.detach(), per_row: ce.per_row, rates });
+    }
+    (gradients, parts)
 }
 
 /// Runs one micro-batch and returns its share of the step's loss. Examples are equally long.

@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod noise;
 pub mod optim;
 pub mod pack;
+pub mod plan;
 mod plot;
 pub mod recipe;
 pub mod replay;

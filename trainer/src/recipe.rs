@@ -120,6 +120,20 @@ pub enum BaseType {
     Q4,
 }
 
+impl BaseType {
+    /// Its name in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            BaseType::Stored => "stored",
+            BaseType::F32 => "f32",
+            BaseType::Bf16 => "bf16",
+            BaseType::F16 => "f16",
+            BaseType::Q8 => "q8",
+            BaseType::Q4 => "q4",
+        }
+    }
+}
+
 impl From<BaseType> for Precision {
     fn from(base: BaseType) -> Precision {
         match base {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use demask_engine::autograd::without_recording;
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Lora, Precision, Tokenizer};
+use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, Tokenizer};
 use demask_engine::ops::embedding;
 use demask_engine::tensor::Tensor;
 
@@ -52,18 +52,10 @@ pub fn dataset(recipe: &Recipe, run: &Path, hear: Hear<'_>) -> Result<Dataset> {
 /// The model and tokenizer that a run starts from.
 pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, Tokenizer)> {
     if let Some(from) = &recipe.model.from {
-        let model = match &recipe.lora {
-            None => Llama::load(gpu, from, Precision::F32)?,
-            Some(lora) => {
-                let base = Llama::load(gpu, from, lora.base.into())?;
-                let LoraSettings { rank, alpha, dora, targets, .. } = lora;
-                let fresh = Lora::fresh(base.config(), *rank, *alpha, *dora, targets, recipe.seed);
-                base.adapted(&fresh)?
-            }
-        };
+        let model = weights(gpu, recipe, None)?;
         let tokenizer = Tokenizer::for_model(from, model.config())?;
         same_tokens(&tokenizer, dataset)?;
-        return Ok((model.trainable(), tokenizer));
+        return Ok((model, tokenizer));
     }
     let fresh = recipe.model.fresh.as_ref().context("a recipe names a model or a shape")?;
     let vocabulary = Vocabulary::open(&dataset.tokenizer())?;
@@ -71,7 +63,27 @@ pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, To
     config.validate(&dataset.tokenizer())?;
     let tokenizer = Tokenizer::from_folder(&dataset.tokenizer(), &config)?;
     let config = fresh.config(vocabulary.size, Some(vocabulary.eos), tokenizer.mask_token_id());
-    Ok((Llama::random(gpu, &config, recipe.seed)?.trainable(), tokenizer))
+    Ok((weights(gpu, recipe, Some(&config))?, tokenizer))
+}
+
+/// The weights that a run starts from: those on disk, frozen under a fresh adapter if the recipe wants one, or fresh
+/// ones of this shape.
+pub fn weights(gpu: &Gpu, recipe: &Recipe, fresh: Option<&LlamaConfig>) -> Result<Llama> {
+    let model = match (&recipe.model.from, fresh) {
+        (Some(from), _) => match &recipe.lora {
+            None => Llama::load(gpu, from, Precision::F32)?,
+            Some(lora) => {
+                let base = Llama::load(gpu, from, lora.base.into())?;
+                let LoraSettings { rank, alpha, dora, targets, .. } = lora;
+                let fresh = Lora::fresh(base.config(), *rank, *alpha, *dora, targets, recipe.seed);
+                base.adapted(&fresh)?
+            }
+        },
+        (None, fresh) => {
+            Llama::random(gpu, fresh.context("a fresh model has a shape")?, recipe.seed)?
+        }
+    };
+    Ok(model.trainable())
 }
 
 /// A dataset says tokens by number, so the model must mean the same by them.

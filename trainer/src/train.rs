@@ -10,14 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::merge::average;
 use demask_engine::model::{Llama, StoredType, Tokenizer};
-use demask_engine::ops::Mask;
-use demask_engine::tensor::Tensor;
 
-use crate::batch::{self, StepPlan};
+use crate::batch::{self, Reported, StepPlan};
 use crate::checkpoint::{self, LogBytes, TrainerState};
 use crate::data::build::Progress;
 use crate::data::shards::Dataset;
@@ -231,14 +228,16 @@ impl Trainer {
         let (plan, phase) = (self.plan(place), place.phase);
         let first = place.sequences + self.history.passed_over;
         let examples = plan.examples(&self.data, first);
-        let pass = self.pass(&examples, plan.mask());
+        let mask = plan.mask();
+        let (gradients, parts) =
+            batch::gradients(&self.model, &self.recipe, &examples, mask, || {});
         let lr = phase.learning_rate().lr(place.phase_step);
         let limit = self.history.limit(&self.recipe.guard);
-        let norm = self.optimizer.step(&self.model, &pass.gradients, settings, lr, limit)?;
-        drop(pass.gradients);
+        let norm = self.optimizer.step(&self.model, &gradients, settings, lr, limit)?;
+        drop(gradients);
         let (mut loss, mut ce) = (0.0, ByRate::default());
-        for (part, per_row, rates) in pass.parts {
-            loss += f64::from(part.item()?);
+        for Reported { loss: share, per_row, rates } in parts {
+            loss += f64::from(share.item()?);
             ce.add(&per_row.to_vec()?, &rates);
         }
         let norm = f64::from(norm.to_vec()?[0]);
@@ -285,35 +284,18 @@ impl Trainer {
         Ok((metrics, verdict))
     }
 
-    /// Forward and backward over the examples of a step, in micro-batches whose gradients add up.
-    fn pass(&self, examples: &[Example], mask: Mask) -> Pass {
-        let divisor = batch::divisor(examples);
-        let (document_mask, recompute) = (self.recipe.data.document_mask, self.recipe.recompute);
-        let mut pass = Pass { gradients: Gradients::new(), parts: Vec::new() };
-        for micro in examples.chunks(self.recipe.optimizer.micro_batch) {
-            // Early in the warm-up a micro-batch may have no masked token, and then it teaches nothing.
-            if micro.iter().all(|e| e.n_supervised() == 0) {
-                continue;
-            }
-            let ce = batch::loss(&self.model, micro, mask, divisor, document_mask, recompute);
-            let one = Tensor::from_f32(self.model.gpu(), &[1.0], [1]);
-            backward(&ce.loss, &one, &mut pass.gradients);
-            let rates: Vec<f32> = micro.iter().flat_map(|e| e.rates.iter().copied()).collect();
-            pass.parts.push((ce.loss.detach(), ce.per_row, rates));
-        }
-        pass
-    }
-
     /// Runs a batch that a step failed on again, with the model as it stands, and moves nothing.
     pub fn replay(&self, batch: &FailedBatch) -> Result<Replay> {
         let place = batch.step.checked_sub(1).and_then(|step| self.recipe.at(step));
         let place = place.context("the batch is of a step that this recipe does not have")?;
         let vocabulary = self.model.config().vocab_size;
         ensure!(batch.fits(vocabulary), "the batch is damaged, or of another model");
-        let Pass { gradients, parts } = self.pass(&batch.examples, self.plan(place).mask());
+        let mask = self.plan(place).mask();
+        let (gradients, parts) =
+            batch::gradients(&self.model, &self.recipe, &batch.examples, mask, || {});
         let (mut loss, mut ce) = (0.0, Vec::new());
-        for (part, per_row, _) in parts {
-            loss += f64::from(part.item()?);
+        for Reported { loss: share, per_row, .. } in parts {
+            loss += f64::from(share.item()?);
             ce.extend(per_row.to_vec()?);
         }
         let grad_norm = f64::from(self.optimizer.norm(&self.model, &gradients)?);
@@ -520,13 +502,6 @@ fn lock(run: &Path) -> Result<File> {
             Err(e).with_context(|| format!("locking {}", path.display()))
         }
     }
-}
-
-/// What the micro-batches of a step gave.
-struct Pass {
-    gradients: Gradients,
-    /// Of each micro-batch: its share of the loss, the cross-entropy of its supervised rows, their mask rates.
-    parts: Vec<(Tensor, Tensor, Vec<f32>)>,
 }
 
 /// Cross-entropies, together and by mask rate.

@@ -93,6 +93,20 @@ impl Sum {
     }
 }
 
+/// How a model is decoded greedily under the plan's objective; `None` where no session decodes it.
+pub fn decoding(model: &Llama, plan: &StepPlan<'_>) -> Result<Option<DecodeOptions>> {
+    Ok(match plan.place.phase.objective {
+        Objective::Ar => Some(DecodeOptions::autoregressive(model.config())),
+        Objective::BlockDiffusion => {
+            let mut config = model.config().clone();
+            config.block_length = plan.place.phase.decoded_block(plan.place.phase_step);
+            config.mask_token_id = Some(plan.mask_id);
+            Some(DecodeOptions::block(&config)?)
+        }
+        Objective::FullDiffusion | Objective::CausalDiffusion => None,
+    })
+}
+
 /// What the model makes of each of the recipe's prompts, greedily; nothing under an objective that no session decodes.
 pub fn samples(
     recipe: &Recipe,
@@ -101,16 +115,7 @@ pub fn samples(
     plan: &StepPlan<'_>,
     step: u64,
 ) -> Result<Vec<Sample>> {
-    let options = match plan.place.phase.objective {
-        Objective::Ar => DecodeOptions::autoregressive(model.config()),
-        Objective::BlockDiffusion => {
-            let mut config = model.config().clone();
-            config.block_length = plan.place.phase.decoded_block(plan.place.phase_step);
-            config.mask_token_id = Some(plan.mask_id);
-            DecodeOptions::block(&config)?
-        }
-        Objective::FullDiffusion | Objective::CausalDiffusion => return Ok(Vec::new()),
-    };
+    let Some(options) = decoding(model, plan)? else { return Ok(Vec::new()) };
     let mut samples = Vec::new();
     for prompt in &recipe.validation.prompts {
         let ids = tokenizer.encode(prompt, true)?;

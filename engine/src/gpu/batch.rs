@@ -122,7 +122,7 @@ impl Gpu {
             let alias = reads.iter().chain(&writes[..i]).any(|other| other.same(w));
             assert!(!alias, "{name}: output {i} aliases another binding");
         }
-        if grid.contains(&0) || self.faulted() {
+        if grid.contains(&0) || self.idle() {
             return;
         }
         let start = Instant::now();
@@ -228,7 +228,7 @@ impl Gpu {
     /// # Panics
     /// If one condition stands inside another.
     pub fn only_if<R>(&self, flag: &Buffer, word: usize, work: impl FnOnce() -> R) -> R {
-        if !self.can_skip() || self.faulted() {
+        if !self.can_skip() || self.idle() {
             return work();
         }
         let inner = &*self.0;
@@ -255,8 +255,8 @@ impl Gpu {
         });
         let id = self.0.pool.borrow_mut().adopt(bytes);
         // Not the pool's: its buffers have another use.
-        let (offset, whole, gpu) = (0, None, Weak::new());
-        (grids, Buffer(Rc::new(Allocation { raw, id, offset, bytes, whole, gpu })))
+        let (offset, class, whole, gpu) = (0, bytes, None, Weak::new());
+        (grids, Buffer(Rc::new(Allocation { raw, id, offset, bytes, class, whole, gpu })))
     }
 
     /// Submits the open batch without waiting.
@@ -337,6 +337,11 @@ impl Gpu {
 
     pub(super) fn faulted(&self) -> bool {
         self.0.fault.borrow().is_some()
+    }
+
+    /// True if work is dropped: after a fault, or on a device that only counts.
+    pub(super) fn idle(&self) -> bool {
+        self.is_dry() || self.faulted()
     }
 
     /// Submits everything and waits for it; returns the fault, if there was one, and clears it.

@@ -1,7 +1,7 @@
 //! Device memory: buffers in size classes that return to a pool when dropped. The queue is in order, so a
 //! buffer dropped on the host may be handed out again at once: whatever was recorded before runs before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::{Rc, Weak};
 
 use super::GpuInner;
@@ -24,6 +24,8 @@ pub(super) struct Allocation {
     pub offset: u64,
     /// Bytes that the owner asked for.
     pub bytes: u64,
+    /// Bytes that it takes; none in a part, whose whole takes them.
+    pub class: u64,
     /// Of what it is a part; the whole owns the memory.
     pub whole: Option<Buffer>,
     pub gpu: Weak<GpuInner>,
@@ -51,7 +53,7 @@ impl std::fmt::Debug for Buffer {
 impl Drop for Allocation {
     fn drop(&mut self) {
         if let Some(gpu) = self.gpu.upgrade().filter(|_| self.whole.is_none()) {
-            gpu.pool.borrow_mut().put(self.raw.clone(), self.id);
+            gpu.pool.borrow_mut().put(self.raw.clone(), self.id, self.class);
         }
     }
 }
@@ -67,6 +69,15 @@ pub struct Memory {
     pub reserved: u64,
 }
 
+/// What a device that only counts holds: bytes of each allocation, by a number that no other one ever has.
+#[derive(Clone, Debug, Default)]
+pub struct Holdings {
+    /// Now.
+    pub now: HashMap<u64, u64>,
+    /// When the most was live since the start or the last [`super::Gpu::reset_peak`].
+    pub at_peak: HashMap<u64, u64>,
+}
+
 #[derive(Default)]
 pub(super) struct Pool {
     /// Free buffers of each class by id. The lowest id is handed out first, whatever the order of the drops: a
@@ -74,9 +85,16 @@ pub(super) struct Pool {
     free: FastMap<u64, BTreeMap<u64, wgpu::Buffer>>,
     next_id: u64,
     pub memory: Memory,
+    /// Only of a device that only counts.
+    pub holdings: Option<Holdings>,
 }
 
 impl Pool {
+    /// An empty pool; if `dry`, it tells its allocations apart.
+    pub fn new(dry: bool) -> Pool {
+        Pool { holdings: dry.then(Holdings::default), ..Pool::default() }
+    }
+
     /// Eight classes an octave: at most an eighth of a buffer is waste, and a training step finds all its
     /// buffers again in the next one.
     pub fn class(bytes: u64) -> u64 {
@@ -87,16 +105,20 @@ impl Pool {
 
     /// A pooled buffer of this class, if one is free.
     pub fn take(&mut self, class: u64) -> Option<(wgpu::Buffer, u64)> {
-        let (id, raw) = self.free.get_mut(&class)?.pop_first()?;
-        self.use_bytes(class);
+        let (mut id, raw) = self.free.get_mut(&class)?.pop_first()?;
+        if self.holdings.is_some() {
+            id = self.new_id();
+        }
+        self.hold(id, class);
         Some((raw, id))
     }
 
     /// Counts a buffer fresh from the driver and names it.
     pub fn adopt(&mut self, class: u64) -> u64 {
         self.memory.reserved += class;
-        self.use_bytes(class);
-        self.new_id()
+        let id = self.new_id();
+        self.hold(id, class);
+        id
     }
 
     /// An id that was never given out.
@@ -105,14 +127,29 @@ impl Pool {
         self.next_id
     }
 
-    fn use_bytes(&mut self, class: u64) {
+    fn hold(&mut self, id: u64, class: u64) {
         self.memory.live += class;
-        self.memory.peak = self.memory.peak.max(self.memory.live);
+        if let Some(holdings) = &mut self.holdings {
+            holdings.now.insert(id, class);
+        }
+        if self.memory.live > self.memory.peak {
+            self.reset_peak();
+        }
     }
 
-    fn put(&mut self, raw: wgpu::Buffer, id: u64) {
-        let class = raw.size();
+    /// The peak is what is live now.
+    pub fn reset_peak(&mut self) {
+        self.memory.peak = self.memory.live;
+        if let Some(holdings) = &mut self.holdings {
+            holdings.at_peak.clone_from(&holdings.now);
+        }
+    }
+
+    fn put(&mut self, raw: wgpu::Buffer, id: u64, class: u64) {
         self.memory.live -= class;
+        if let Some(holdings) = &mut self.holdings {
+            holdings.now.remove(&id);
+        }
         self.free.entry(class).or_default().insert(id, raw);
     }
 

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::rc::Rc;
 
 use super::batch::Reported;
-use super::buffer::{Allocation, GUARD_BYTES, GUARD_WORD, Pool};
+use super::buffer::{Allocation, GUARD_BYTES, GUARD_WORD, Holdings, Pool};
 use super::{Buffer, Gpu, Memory};
 use crate::{Error, Result};
 
@@ -19,8 +19,17 @@ impl Gpu {
 
     /// Starts a new peak from what is live now.
     pub fn reset_peak(&self) {
-        let mut pool = self.0.pool.borrow_mut();
-        pool.memory.peak = pool.memory.live;
+        self.0.pool.borrow_mut().reset_peak();
+    }
+
+    /// Who holds what, on a device that only counts ([`super::GpuOptions::dry`]); nothing on others.
+    pub fn holdings(&self) -> Holdings {
+        self.0.pool.borrow().holdings.clone().unwrap_or_default()
+    }
+
+    /// True for a device that only counts: [`super::GpuOptions::dry`].
+    pub fn is_dry(&self) -> bool {
+        self.0.options.dry
     }
 
     /// Limits live bytes; an allocation past it fails by name.
@@ -52,8 +61,9 @@ impl Gpu {
             },
         };
         let gpu = Rc::downgrade(&self.0);
-        let buffer = Buffer(Rc::new(Allocation { raw, id, offset: 0, bytes, whole: None, gpu }));
-        if inner.options.guards {
+        let buffer =
+            Buffer(Rc::new(Allocation { raw, id, offset: 0, bytes, class, whole: None, gpu }));
+        if inner.options.guards && !inner.options.dry {
             let words = [GUARD_WORD; GUARD_BYTES as usize / 4];
             self.flush();
             inner.queue.write_buffer(&buffer.0.raw, padded, bytemuck::cast_slice(&words));
@@ -78,7 +88,7 @@ impl Gpu {
         assert!(offset.is_multiple_of(self.part_alignment()), "a part at {offset} of {whole:?}");
         let (raw, id) = (whole.0.raw.clone(), self.0.pool.borrow_mut().new_id());
         let (whole, gpu) = (Some(whole.clone()), Rc::downgrade(&self.0));
-        Buffer(Rc::new(Allocation { raw, id, offset, bytes, whole, gpu }))
+        Buffer(Rc::new(Allocation { raw, id, offset, bytes, class: 0, whole, gpu }))
     }
 
     /// A new buffer from the driver; the pool is emptied first if the budget or the device is short.
@@ -104,6 +114,10 @@ impl Gpu {
                 short(self);
                 return None;
             }
+        }
+        if inner.options.dry {
+            // Nothing is ever done with it, so any buffer will do.
+            return Some(inner.arena.clone());
         }
         let descriptor = wgpu::BufferDescriptor {
             label: None,
@@ -143,7 +157,7 @@ impl Gpu {
 
     /// Copies `bytes` into `buffer` at `offset` (a multiple of 4), in chunks.
     pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
-        if self.faulted() || bytes.is_empty() {
+        if self.idle() || bytes.is_empty() {
             return;
         }
         // A queue write runs before the next submit; what is recorded now must run before the write.
@@ -173,7 +187,7 @@ impl Gpu {
     #[track_caller]
     pub fn copy(&self, from: &Buffer, from_offset: u64, to: &Buffer, to_offset: u64, bytes: u64) {
         assert!(!from.same(to), "a copy within {from:?}");
-        if self.faulted() || bytes == 0 {
+        if self.idle() || bytes == 0 {
             return;
         }
         let mut batch = self.0.batch.borrow_mut();
@@ -189,7 +203,7 @@ impl Gpu {
 
     /// Records a fill of the whole buffer with zeros.
     pub fn zero(&self, buffer: &Buffer) {
-        if self.faulted() || buffer.bytes() == 0 {
+        if self.idle() || buffer.bytes() == 0 {
             return;
         }
         let mut batch = self.0.batch.borrow_mut();
@@ -200,7 +214,7 @@ impl Gpu {
 
     /// In guard mode, says whether the pattern behind `buffer` is intact.
     pub fn check_guards(&self, buffer: &Buffer) -> Result<bool> {
-        if !self.0.options.guards {
+        if !self.0.options.guards || self.is_dry() {
             return Ok(true);
         }
         let owner = buffer.0.whole.as_ref().unwrap_or(buffer);

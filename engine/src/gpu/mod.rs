@@ -20,7 +20,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 pub use adapter::{ADAPTER_ENV, AdapterEntry, install_hint, list};
-pub use buffer::{Buffer, Memory};
+pub use buffer::{Buffer, Holdings, Memory};
 pub(crate) use kernel::kernel;
 pub use kernel::{Kernel, Variant};
 pub use profile::{KernelTime, Stats, VariantUse};
@@ -54,6 +54,9 @@ pub struct GpuOptions {
     /// Let matrix units round both factors of a product to f16 (sums stay f32) where that is fast. A value beyond
     /// 65504 overflows, so this is for inference in half precision.
     pub f16_products: bool,
+    /// Count memory and do nothing else: no kernel is compiled or run, no memory is taken, what is read back is zeros.
+    /// Everything is chosen and counted as on the adapter itself, so that what work would take is known before.
+    pub dry: bool,
     /// A smaller binding limit than the device's, in bytes: how tests exercise sharding.
     pub max_binding: Option<u64>,
 }
@@ -166,6 +169,7 @@ impl Gpu {
         let device_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let timed =
             options.timestamps && device.features().contains(wgpu::Features::TIMESTAMP_QUERY);
+        let pool = Pool::new(options.dry);
         Gpu(Rc::new(GpuInner {
             max_binding: options.max_binding.unwrap_or(u64::MAX).min(device_binding),
             max_buffer: limits.max_buffer_size & !255,
@@ -176,7 +180,7 @@ impl Gpu {
             device,
             queue,
             arena,
-            pool: RefCell::default(),
+            pool: RefCell::new(pool),
             batch: RefCell::default(),
             cache: RefCell::default(),
             gate: RefCell::default(),

@@ -93,10 +93,27 @@ pub(super) fn parameter(
     for first in (0..shape[0]).step_by(most) {
         let range = first..(first + most).min(shape[0]);
         let extents = [&[range.len()], &shape[1..]].concat();
-        let bytes = source.rows(name, shape, range, dtype)?;
-        shards.push(Tensor::from_bytes(gpu, &bytes, extents, dtype, name));
+        let shard = Tensor::empty(gpu, extents, dtype, name);
+        fill(source, &shard, name, shape, range)?;
+        shards.push(shard);
     }
     Ok(Parameter { name: name.to_owned(), shape: shape.to_vec(), shards })
+}
+
+/// Uploads some rows of a parameter; a device that only counts has no use for them.
+fn fill(
+    source: &mut impl Source,
+    tensor: &Tensor,
+    name: &str,
+    shape: &[usize],
+    rows: Range<usize>,
+) -> Result<()> {
+    if !tensor.gpu().is_dry() {
+        let bytes = source.rows(name, shape, rows, tensor.dtype())?;
+        assert_eq!(bytes.len() as u64, tensor.buffer().bytes(), "{name}: bytes for {tensor:?}");
+        tensor.gpu().write(tensor.buffer(), 0, &bytes);
+    }
+    Ok(())
 }
 
 /// Matrices of equal row length, one behind the other in one tensor if their types, the size of a binding and the
@@ -126,7 +143,7 @@ pub(super) fn joined<const N: usize>(
             None => parameter(gpu, source, &name, shape)?,
             Some(whole) => {
                 let part = whole.part(first, shape[0]);
-                gpu.write(part.buffer(), 0, &source.rows(&name, shape, 0..shape[0], dtype)?);
+                fill(source, &part, &name, shape, 0..shape[0])?;
                 first += shape[0];
                 Parameter { name, shape: shape.clone(), shards: vec![part] }
             }
