@@ -51,6 +51,9 @@ A recipe, short:
   block_length = 4
   corruption_warmup = 100
 
+With `lora = { base = \"q4\" }` beside model.from, the model's weights are frozen in 4
+bits and an adapter is trained; `demask merge` puts it into the weights.
+
 The folder gets metrics.jsonl (one line a step), curve.svg, tensorboard/,
 checkpoints/ and, at the end, model/ in Hugging Face layout; `demask report` makes
 a page of it. Ctrl-C saves a checkpoint and leaves; a killed run resumes from its

@@ -6,15 +6,18 @@
 //!
 //! Where an adapter is trained, adapter_config.json and adapter_model.safetensors stand for the model.
 
+use std::borrow::Cow;
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Lora, Precision, StoredType, Tokenizer};
+use demask_engine::model::{Llama, Lora, Precision, StoredType, Tokenizer, Weights};
 use demask_engine::tensor::{DType, Tensor};
+use memmap2::Mmap;
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, View};
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{put_folder, settle};
@@ -172,6 +175,31 @@ pub fn load(gpu: &Gpu, place: &Path) -> Result<(Llama, OptimizerState, Tokenizer
     Ok((model, optimizer, tokenizer))
 }
 
+/// Puts a checkpoint of this run in the place of what its model and optimiser hold, so that no memory is taken twice.
+pub fn restore(
+    place: &Path,
+    state: &TrainerState,
+    model: &Llama,
+    optimizer: &mut OptimizerState,
+) -> Result<()> {
+    if state.recipe.lora.is_some() {
+        model.overwrite_adapter(&Lora::read(place)?)?;
+    } else {
+        let (_, weights) = Weights::open(place)?;
+        for parameter in model.parameters() {
+            let mut first = 0;
+            for shard in &parameter.shards {
+                let rows = first..first + shard.shape()[0];
+                first = rows.end;
+                shard.overwrite(&weights.rows_f32(&parameter.name, rows)?);
+            }
+        }
+    }
+    optimizer.updates = state.updates;
+    read_moments(&place.join("optimizer.safetensors"), model, optimizer)?;
+    Ok(model.gpu().sync()?)
+}
+
 /// The optimiser's tensors with their names in the file.
 fn moments<'a>(model: &Llama, optimizer: &'a OptimizerState) -> Vec<(String, &'a Tensor)> {
     let mut all = Vec::new();
@@ -188,25 +216,51 @@ fn stored_type(tensor: &Tensor) -> Dtype {
     if tensor.dtype() == DType::U32 { Dtype::U32 } else { Dtype::F32 }
 }
 
-fn write_moments(path: &Path, model: &Llama, optimizer: &OptimizerState) -> Result<()> {
-    let mut stored = Vec::new();
-    for (name, tensor) in moments(model, optimizer) {
-        stored.push((name, tensor.shape().to_vec(), stored_type(tensor), tensor.to_bytes()?));
+/// A tensor that is read from the device when its turn to be written comes, so that one at a time is in memory.
+struct OnDevice<'a> {
+    tensor: &'a Tensor,
+    /// What reading met; the format's trait has no place for it.
+    fault: &'a RefCell<Option<demask_engine::Error>>,
+}
+
+impl View for OnDevice<'_> {
+    fn dtype(&self) -> Dtype {
+        stored_type(self.tensor)
     }
-    let views = stored
-        .iter()
-        .map(|(name, shape, dtype, bytes)| {
-            Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
-        })
-        .collect::<Result<Vec<_>>>()?;
+
+    fn shape(&self) -> &[usize] {
+        self.tensor.shape()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let bytes = self.tensor.to_bytes().unwrap_or_else(|fault| {
+            self.fault.borrow_mut().get_or_insert(fault);
+            vec![0; self.data_len()]
+        });
+        Cow::Owned(bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        4 * self.tensor.numel()
+    }
+}
+
+fn write_moments(path: &Path, model: &Llama, optimizer: &OptimizerState) -> Result<()> {
+    let fault = RefCell::new(None);
+    let all = moments(model, optimizer);
+    let views = all.iter().map(|(name, tensor)| (name, OnDevice { tensor, fault: &fault }));
     safetensors::serialize_to_file(views, None, path)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    File::open(path)?.sync_all()?;
-    Ok(())
+    fault.into_inner().map_or(Ok(()), Err)?;
+    Ok(File::open(path)?.sync_all()?)
 }
 
 fn read_moments(path: &Path, model: &Llama, optimizer: &OptimizerState) -> Result<()> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let map = || -> std::io::Result<Mmap> {
+        // SAFETY: checkpoints are written under another name and never changed in place.
+        unsafe { Mmap::map(&File::open(path)?) }
+    };
+    let bytes = map().with_context(|| format!("cannot read {}", path.display()))?;
     let file = SafeTensors::deserialize(&bytes).with_context(|| format!("{}", path.display()))?;
     for (name, tensor) in moments(model, optimizer) {
         let view = file.tensor(&name).with_context(|| {

@@ -395,7 +395,8 @@ mod tests {
             ["optimizer.moments = \"8bit\"", "recompute = true", "data.length = 128"]
         );
         assert!(texts.contains(&all.to_owned()), "{texts:?}");
-        assert_eq!(texts.last(), Some(&format!("{all}, data.length = 64")));
+        assert!(texts.contains(&format!("{all}, data.length = 64")), "{texts:?}");
+        assert_eq!(texts.last(), Some(&format!("{all}, lora.base = \"q4\"")));
         assert!(switches(&recipe).iter().all(|s| s.several == s.text.contains(", ")));
         assert_eq!(halves(6, 1).collect::<Vec<_>>(), [3, 1]);
     }

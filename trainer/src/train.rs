@@ -354,8 +354,7 @@ impl Trainer {
             );
         }
         let state = checkpoint::state(&place)?;
-        let gpu = self.model.gpu().clone();
-        (self.model, self.optimizer, self.tokenizer) = checkpoint::load(&gpu, &place)?;
+        checkpoint::restore(&place, &state, &self.model, &mut self.optimizer)?;
         let cursor = |step| self.recipe.at(step).map_or(0, |place| place.sequences);
         let passed_over = self.history.passed_over + cursor(failed) - cursor(state.step);
         let rollbacks = self.history.rollbacks + 1;

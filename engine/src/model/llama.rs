@@ -199,6 +199,18 @@ impl Llama {
         Ok(lora)
     }
 
+    /// Gives its adapter the values of another of the same kind.
+    pub fn overwrite_adapter(&self, lora: &Lora) -> Result<()> {
+        lora.check(&self.config)?;
+        for projection in self.layers.iter().flat_map(|layer| layer.projections()) {
+            let name = projection.weight.name.trim_end_matches(".weight");
+            if let Some((adapter, low)) = projection.adapter.as_ref().zip(lora.modules.get(name)) {
+                adapter.overwrite(low)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether an adapter lies over its weights.
     pub fn has_adapter(&self) -> bool {
         self.layers.iter().flat_map(|layer| layer.projections()).any(|p| p.adapter.is_some())

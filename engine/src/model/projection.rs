@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 
 use super::lora::{Decoding, Lora, LowRank};
 use super::parameter::{Parameter, widen};
-use crate::Result;
 use crate::autograd::without_recording;
 use crate::gpu::Gpu;
 use crate::ops::{Layout, add, div, linear, linear_onto, matmul, mul, scale, sqrt, sum};
 use crate::tensor::Tensor;
+use crate::{Error, Result};
 
 /// A weight and its adapter.
 pub(super) struct Projection {
@@ -144,6 +144,19 @@ impl Adapter {
             b: values(&self.b)?,
             magnitude: self.magnitude.as_ref().map_or(Ok(vec![]), |m| values(&m.m))?,
         })
+    }
+
+    /// The way back of [`Adapter::read`].
+    pub fn overwrite(&self, low: &LowRank) -> Result<()> {
+        let magnitude = self.magnitude.as_ref().map(|m| (&m.m, &low.magnitude));
+        for (p, values) in [(&self.a, &low.a), (&self.b, &low.b)].into_iter().chain(magnitude) {
+            if values.len() != p.shards[0].numel() {
+                let reason = format!("{} has {} values in another adapter", p.name, values.len());
+                return Err(Error::Request(reason));
+            }
+            p.shards[0].overwrite(values);
+        }
+        Ok(())
     }
 
     /// y + s (x · Aᵀ) · Bᵀ.
