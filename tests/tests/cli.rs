@@ -68,8 +68,13 @@ fn help_teaches_and_is_a_success() {
         let wide = help.lines().find(|l| l.chars().count() > 100);
         assert_eq!(wide, None, "{command}");
     }
-    for command in [&["data", "build"][..], &["data", "show"], &["tokenizer", "train"], &["report"]]
-    {
+    for command in [
+        &["data", "build"][..],
+        &["data", "show"],
+        &["tokenizer", "train"],
+        &["report"],
+        &["merge"],
+    ] {
         let output = demask(&[command, &["--help"]].concat());
         let help = text(&output.stdout);
         assert!(output.status.success() && help.contains("--json"), "{command:?}");
@@ -219,6 +224,34 @@ fn score_agrees_with_the_golden_loss() {
         "{} instead of {loss}",
         sum / n as f64
     );
+}
+
+#[test]
+fn an_adapter_is_laid_over_a_model_or_merged_into_it() {
+    let work = tempfile::tempdir().unwrap();
+    let (adapter, out) = (golden("lora").display().to_string(), work.path().join("merged"));
+    let out = out.to_str().unwrap();
+    let report = json(&demask(&["merge", &tiny(), "--lora", &adapter, "--out", out, "--json"]));
+    assert_eq!((&report["out"], &report["type"]), (&out.into(), &"F32".into()));
+    let mean = work.path().join("mean").display().to_string();
+    let report =
+        json(&demask(&["merge", &tiny(), out, "--out", &mean, "--type", "bf16", "--json"]));
+    assert_eq!(report["type"], "BF16");
+    misused(&["merge", &tiny(), "--out", &mean]);
+    misused(&["merge", &tiny(), out, "--lora", &adapter, "--out", &mean]);
+    fails(&["merge", &tiny(), "--lora", &tiny(), "--out", &mean], "adapter_config.json");
+    let tied = golden("tiny_tied").display().to_string();
+    fails(&["merge", &tied, "--lora", &adapter, "--out", &mean], "do not fit");
+    if gpu().is_none() {
+        return;
+    }
+    let score = |model: &str, more: &[&str]| {
+        let args = ["score", "--model", model, "--ids", "3,14,15,92,65,35", "--json"];
+        json(&demask(&[&args, more].concat()))["perplexity"].as_f64().unwrap().ln()
+    };
+    let (beside, merged) = (score(&tiny(), &["--lora", &adapter]), score(out, &[]));
+    assert!((beside - merged).abs() < 1e-4, "{beside} beside, {merged} merged");
+    assert!((beside - score(&tiny(), &[])).abs() > 1e-2, "the adapter changes nothing");
 }
 
 #[test]

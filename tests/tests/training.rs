@@ -207,13 +207,20 @@ fn an_adapter_is_trained_resumed_and_merged() {
     run_for(&gpu, &small_recipe(&text), &base_run, u64::MAX);
     let base = base_run.join("model");
 
-    let mut recipe = small_recipe(&text);
+    // Of real text little can be learnt over so small a base; of this some.
+    let song = folder.path().join("song");
+    for (i, package) in ["a", "b", "c", "d"].iter().enumerate() {
+        let verses: String =
+            (0..60 + i).map(|_| "for i in 0..10 {\n    total += i;\n}\n").collect();
+        std::fs::create_dir_all(song.join(package)).unwrap();
+        std::fs::write(song.join(package).join("song.rs"), verses).unwrap();
+    }
+    let mut recipe = small_recipe(&song);
     recipe.model.from = Some(base.clone());
     recipe.model.fresh = None;
-    recipe.phase.remove(0);
+    recipe.phase.truncate(1);
     recipe.phase[0].steps = 40;
-    recipe.phase[0].lr = 5e-2;
-    recipe.phase[0].corruption_warmup = 0;
+    recipe.phase[0].lr = 2e-2;
     let settings = LoraSettings { rank: 4, dora: true, base: BaseType::Bf16, ..Default::default() };
     recipe.lora = Some(settings);
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
@@ -226,7 +233,7 @@ fn an_adapter_is_trained_resumed_and_merged() {
     let adapter = |run: &Path| std::fs::read(run.join("model/adapter_model.safetensors")).unwrap();
     assert_eq!(adapter(&whole), adapter(&broken));
 
-    // Of a small model every bit counts: what was learnt is in the adapter, and stays when it is merged.
+    // What was learnt is in the adapter, and stays when it is merged.
     let merged = folder.path().join("merged");
     let lora = Lora::read(&whole.join("model")).unwrap();
     merge(&base, &lora, &merged, StoredType::F32, &mut |_| {}).unwrap();
@@ -239,7 +246,7 @@ fn an_adapter_is_trained_resumed_and_merged() {
         trainer.held_out_ce(16).unwrap().expect("some text is held out")
     };
     let (before, after) = (ce(&base), ce(&merged));
-    assert!(after < before - 0.01, "{before} before, {after} after");
+    assert!(after < before - 0.1, "{before} before, {after} after");
 }
 
 #[test]
@@ -255,6 +262,27 @@ fn another_recipe_is_refused_and_shown() {
     let error = Trainer::open(&gpu, other, &run, &go_on).err().expect("refused");
     let text = format!("{error:#}");
     assert!(text.contains("- clip = 1.0") && text.contains("+ clip = 2.0"), "{text}");
+}
+
+#[test]
+fn a_run_is_trained_by_one_at_a_time_and_keeps_its_dataset() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("corpus");
+    small_corpus(&text);
+    let recipe = small_recipe(&text);
+    let run = folder.path().join("run");
+    let open = || Trainer::open(&gpu, recipe.clone(), &run, &go_on);
+    let first = open().unwrap();
+    let error = open().err().expect("refused").to_string();
+    assert!(error.contains("another process"), "{error}");
+    drop(first);
+    run_for(&gpu, &recipe, &run, 5);
+    // The dataset is made anew, of other text.
+    std::fs::remove_dir_all(run.join("data")).unwrap();
+    std::fs::write(text.join("a/more.rs"), "fn more() {}\n".repeat(9)).unwrap();
+    let error = open().err().expect("refused").to_string();
+    assert!(error.contains("not the dataset"), "{error}");
 }
 
 #[test]

@@ -5,12 +5,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use demask_engine::model::lora::TARGETS;
-use demask_engine::model::{LlamaConfig, Precision};
+use demask_engine::model::LlamaConfig;
 use demask_engine::ops::Mask;
 use serde::{Deserialize, Serialize};
 
 use crate::schedule::{Decay, LearningRate};
+
+mod lora;
+
+pub use lora::{BaseType, LoraSettings};
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,93 +61,6 @@ pub struct ModelSource {
     /// The token that stands for a hole, by its text, for a tokenizer that does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mask_token: Option<String>,
-}
-
-/// A low-rank adapter over frozen weights (LoRA, arXiv 2106.09685).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LoraSettings {
-    /// r; multiples of 8 are the fast ones.
-    pub rank: usize,
-    /// The adapter's product is scaled by alpha / rank.
-    pub alpha: f64,
-    /// Which matrices of each layer.
-    pub targets: Vec<String>,
-    /// Learn a length for each row too (DoRA, arXiv 2402.09353).
-    pub dora: bool,
-    /// How the frozen matrices rest in memory.
-    pub base: BaseType,
-}
-
-impl Default for LoraSettings {
-    fn default() -> Self {
-        let targets = TARGETS.map(String::from).to_vec();
-        LoraSettings { rank: 16, alpha: 32.0, targets, dora: false, base: BaseType::Stored }
-    }
-}
-
-impl LoraSettings {
-    fn check(&self, recipe: &Recipe) -> Result<()> {
-        ensure!(recipe.model.from.is_some(), "lora: an adapter needs a model to adapt, model.from");
-        ensure!(
-            self.rank > 0 && self.alpha.is_finite() && self.alpha > 0.0,
-            "lora: rank and alpha must be positive"
-        );
-        ensure!(!self.targets.is_empty(), "lora: targets names no matrix");
-        if let Some(target) = self.targets.iter().find(|t| !TARGETS.contains(&t.as_str())) {
-            bail!("lora: there is no target {target:?}; targets are of {}", TARGETS.join(", "));
-        }
-        ensure!(
-            recipe.checkpoints.average == 1,
-            "lora: the mean of adapters is not the adapter of the mean; set checkpoints.average = 1"
-        );
-        Ok(())
-    }
-}
-
-/// [`Precision`] by the name that recipes use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BaseType {
-    /// As the file has them.
-    Stored,
-    /// 4 bytes a weight.
-    F32,
-    /// 2 bytes.
-    Bf16,
-    /// 2 bytes.
-    F16,
-    /// 8.5 bits.
-    Q8,
-    /// 5 bits.
-    Q4,
-}
-
-impl BaseType {
-    /// Its name in recipes.
-    pub fn name(self) -> &'static str {
-        match self {
-            BaseType::Stored => "stored",
-            BaseType::F32 => "f32",
-            BaseType::Bf16 => "bf16",
-            BaseType::F16 => "f16",
-            BaseType::Q8 => "q8",
-            BaseType::Q4 => "q4",
-        }
-    }
-}
-
-impl From<BaseType> for Precision {
-    fn from(base: BaseType) -> Precision {
-        match base {
-            BaseType::Stored => Precision::Stored,
-            BaseType::F32 => Precision::F32,
-            BaseType::Bf16 => Precision::Bf16,
-            BaseType::F16 => Precision::F16,
-            BaseType::Q8 => Precision::Q8,
-            BaseType::Q4 => Precision::Q4,
-        }
-    }
 }
 
 /// Shape of a model with fresh weights.
