@@ -115,7 +115,7 @@ fn a_run_that_diverges_goes_back_and_then_says_so() {
     let folder = tempfile::tempdir().unwrap();
     small_corpus(&folder.path().join("corpus"));
     let mut recipe = small_recipe(&folder.path().join("corpus"));
-    recipe.guard = Guard { spike: 1.001, window: 2, patience: 2, rollbacks: 1 };
+    recipe.guard = Guard { spike: 1.001, window: 2, patience: 1, rollbacks: 1 };
     recipe.checkpoints.every = 2;
     let run = folder.path().join("run");
     let mut trainer = Trainer::open(&gpu, recipe.clone(), &run, &go_on).unwrap();
@@ -139,7 +139,7 @@ fn a_run_that_diverges_goes_back_and_then_says_so() {
     );
     assert_eq!(went_back.len(), 1);
     assert!(went_back[0].1.contains("is above"), "{}", went_back[0].1);
-    assert!(went_back[0].0.is_multiple_of(2) && skipped.len() >= 4, "{skipped:?}");
+    assert!(went_back[0].0.is_multiple_of(2) && skipped.len() >= 2, "{skipped:?}");
     let kept = run.join(format!("skipped/step-{:08}.json", skipped[0]));
     let batch = FailedBatch::read(&kept).unwrap();
     let now = trainer.replay(&batch).unwrap();
