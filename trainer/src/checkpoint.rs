@@ -42,6 +42,8 @@ pub struct TrainerState {
     pub recipe: Recipe,
     /// Fingerprint of the dataset; another one is refused too.
     pub dataset: u64,
+    /// Fingerprint of the weights under an adapter, which no checkpoint holds; others are refused too.
+    pub base: Option<u64>,
 }
 
 /// Bytes of a run's logs.
@@ -157,8 +159,7 @@ pub fn load(gpu: &Gpu, place: &Path) -> Result<(Llama, OptimizerState, Tokenizer
     let state = state(place)?;
     let (model, tokenizer) = match (&state.recipe.lora, &state.recipe.model.from) {
         (Some(settings), Some(base)) => {
-            let model =
-                Llama::load(gpu, base, settings.base.into())?.adapted(&Lora::read(place)?)?;
+            let model = Llama::load(gpu, base, settings.base)?.adapted(&Lora::read(place)?)?;
             let tokenizer = Tokenizer::from_folder(place, model.config())?;
             (model.trainable(), tokenizer)
         }

@@ -1,12 +1,19 @@
 //! Floating-point operations of a training step by the usual count: two for each weight and row it meets, four for each
-//! element of a pair of positions that attend (two products of length H), three times that for forward and backward.
+//! element of a pair of positions that attend (two products of length H), three times that for forward and backward,
+//! twice for weights that are frozen: they get no gradient. An adapter's own thin products are left out.
 //! Recomputed layers do not count: utilisation is about useful work.
 
 use demask_engine::model::LlamaConfig;
 use demask_engine::ops::Mask;
 
-/// Operations of one sequence of `length` tokens with `supervised` rows.
-pub fn of_sequence(config: &LlamaConfig, mask: Mask, length: usize, supervised: usize) -> f64 {
+/// Operations of one sequence of `length` tokens with `supervised` rows; `frozen` if an adapter is trained.
+pub fn of_sequence(
+    config: &LlamaConfig,
+    mask: Mask,
+    length: usize,
+    supervised: usize,
+    frozen: bool,
+) -> f64 {
     let l = length as f64;
     let (rows, pairs) = match mask {
         Mask::Causal => (l, l * (l + 1.0) / 2.0),
@@ -17,9 +24,11 @@ pub fn of_sequence(config: &LlamaConfig, mask: Mask, length: usize, supervised: 
     let (d, f, h) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (n, g) = (config.num_attention_heads, config.num_key_value_heads);
     let weights = d * h * (2 * n + 2 * g) + 3 * d * f;
-    let layer = 2.0 * weights as f64 * rows + 4.0 * pairs * (n * h) as f64;
-    let head = 2.0 * (config.vocab_size * d) as f64 * supervised as f64;
-    3.0 * (layer * config.num_hidden_layers as f64 + head)
+    let layers = config.num_hidden_layers as f64;
+    let head = (config.vocab_size * d) as f64 * supervised as f64;
+    let products = 2.0 * (weights as f64 * rows * layers + head);
+    let attention = 4.0 * pairs * (n * h) as f64 * layers;
+    products * if frozen { 2.0 } else { 3.0 } + attention * 3.0
 }
 
 #[cfg(test)]
@@ -50,10 +59,13 @@ mod tests {
         ];
         for (mask, rows, pairs) in counts {
             // A pair costs a product of length 4 for its score and one for its value, in each of two heads.
-            let layer = 2 * weights * rows + 2 * (4 + 4) * 2 * pairs;
+            let attention = 2 * (4 + 4) * 2 * pairs;
+            let layer = 2 * weights * rows + attention;
             let head = 2 * 10 * 8 * 3;
             let expected = 3 * (2 * layer + head);
-            assert_eq!(of_sequence(&config, mask, 4, 3), f64::from(expected), "{mask:?}");
+            assert_eq!(of_sequence(&config, mask, 4, 3, false), f64::from(expected), "{mask:?}");
+            let frozen = expected - (2 * 2 * weights * rows + head);
+            assert_eq!(of_sequence(&config, mask, 4, 3, true), f64::from(frozen), "{mask:?}");
         }
     }
 }

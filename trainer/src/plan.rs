@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use demask_engine::autograd::without_recording;
 use demask_engine::decode::{self, DecodeOptions};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, LlamaConfig};
+use demask_engine::model::{Llama, LlamaConfig, Precision};
 
 use crate::batch::{self, StepPlan};
 use crate::data::sample::Vocabulary;
@@ -19,7 +19,7 @@ use crate::data::shards::Dataset;
 use crate::noise::Example;
 use crate::optim::OptimizerState;
 use crate::pack::Sequence;
-use crate::recipe::{BaseType, BlockLength, MomentType, Phase, Recipe};
+use crate::recipe::{BlockLength, MomentType, Phase, Recipe};
 use crate::start;
 use crate::validate::decoding;
 
@@ -128,7 +128,7 @@ pub fn switches(recipe: &Recipe) -> Vec<Switch> {
     let again: Vec<Change> = (!recipe.recompute).then_some(Change::Recompute).into_iter().collect();
     let base = recipe.lora.as_ref().map(|lora| lora.base);
     let smaller =
-        [BaseType::Q8, BaseType::Q4].into_iter().filter(|b| base.is_some_and(|now| now != *b));
+        [Precision::Q8, Precision::Q4].into_iter().filter(|b| base.is_some_and(|now| now != *b));
     let bases: Vec<Change> = smaller.map(Change::Base).collect();
     let alone = micro.iter().chain(&eight).chain(&again).chain(&bases);
     for &change in alone.chain(lengths.first()) {
@@ -146,7 +146,7 @@ pub fn switches(recipe: &Recipe) -> Vec<Switch> {
         add(&[&all_but_length[..], &[length]].concat());
     }
     if base.is_none() {
-        for base in [BaseType::Bf16, BaseType::Q8, BaseType::Q4] {
+        for base in [Precision::Bf16, Precision::Q8, Precision::Q4] {
             add(&[Change::Base(base)]);
             add(&[&all_but_length[..], &[Change::Base(base)]].concat());
         }
@@ -161,7 +161,7 @@ enum Change {
     Recompute,
     Length(usize),
     /// Of an adapter's frozen weights, which it adds where there is none.
-    Base(BaseType),
+    Base(Precision),
 }
 
 impl Change {
@@ -181,7 +181,7 @@ impl Change {
             Change::Moments => "optimizer.moments = \"8bit\"".to_owned(),
             Change::Recompute => "recompute = true".to_owned(),
             Change::Length(n) => format!("data.length = {n}"),
-            Change::Base(base) => format!("lora.base = \"{}\"", base.name()),
+            Change::Base(base) => format!("lora.base = \"{}\"", format!("{base:?}").to_lowercase()),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::schedule::{Decay, LearningRate};
 
 mod lora;
 
-pub use lora::{BaseType, LoraSettings};
+pub use lora::LoraSettings;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

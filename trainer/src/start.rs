@@ -6,12 +6,13 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use demask_engine::autograd::without_recording;
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, Tokenizer};
+use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, Tokenizer, Weights};
 use demask_engine::ops::embedding;
 use demask_engine::tensor::Tensor;
 
 use crate::bpe;
 use crate::data::build::{Hear, build};
+use crate::data::fnv1a;
 use crate::data::recipe::CorpusRecipe;
 use crate::data::sample::Vocabulary;
 use crate::data::shards::Dataset;
@@ -73,7 +74,7 @@ pub fn weights(gpu: &Gpu, recipe: &Recipe, fresh: Option<&LlamaConfig>) -> Resul
         (Some(from), _) => match &recipe.lora {
             None => Llama::load(gpu, from, Precision::F32)?,
             Some(lora) => {
-                let base = Llama::load(gpu, from, lora.base.into())?;
+                let base = Llama::load(gpu, from, lora.base)?;
                 let LoraSettings { rank, alpha, dora, targets, .. } = lora;
                 let fresh = Lora::fresh(base.config(), *rank, *alpha, *dora, targets, recipe.seed);
                 base.adapted(&fresh)?
@@ -84,6 +85,21 @@ pub fn weights(gpu: &Gpu, recipe: &Recipe, fresh: Option<&LlamaConfig>) -> Resul
         }
     };
     Ok(model.trainable())
+}
+
+/// Fingerprint of the weights that an adapter is trained over, of the first and the last row of each; `None` where all
+/// weights are trained.
+pub fn base(recipe: &Recipe) -> Result<Option<u64>> {
+    let (Some(_), Some(from)) = (&recipe.lora, &recipe.model.from) else { return Ok(None) };
+    let (config, weights) = Weights::open(from)?;
+    let mut bytes = Vec::new();
+    for (name, shape) in config.parameters() {
+        for row in [0, shape[0] - 1] {
+            let values = weights.rows_f32(&name, row..row + 1)?;
+            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        }
+    }
+    Ok(Some(fnv1a(bytes.into_iter())))
 }
 
 /// A dataset says tokens by number, so the model must mean the same by them.

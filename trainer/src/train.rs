@@ -77,6 +77,8 @@ pub struct Trainer {
     data: Packed,
     /// Its fingerprint.
     dataset: u64,
+    /// That of an adapter's frozen weights.
+    base: Option<u64>,
     /// `None` where no text was kept aside, or it fills no sequence.
     held_out: Option<Packed>,
     mask_id: u32,
@@ -117,6 +119,12 @@ impl Trainer {
             state.as_ref().is_none_or(|s| s.dataset == fingerprint),
             "{} is not the dataset that this run was started with; start another run, or put it back",
             dataset.folder.display()
+        );
+        let base = start::base(&recipe)?;
+        ensure!(
+            state.as_ref().is_none_or(|s| s.base == base),
+            "model.from has other weights than when this run was started, and the adapter is theirs; start another \
+             run, or put them back"
         );
         let _ = hear(Event::Dataset(&dataset));
         let (model, optimizer, tokenizer) = match &resumed {
@@ -161,6 +169,7 @@ impl Trainer {
             optimizer,
             data,
             dataset: fingerprint,
+            base,
             _lock: lock,
             held_out,
             mask_id,
@@ -244,16 +253,10 @@ impl Trainer {
         let verdict = self.history.judge(&self.recipe.guard, norm);
         let tokens = self.recipe.sequences_of_a_step(phase) * self.recipe.data.length as u64;
         let seconds = start.elapsed().as_secs_f64();
+        let (config, frozen) = (self.model.config(), self.recipe.lora.is_some());
         let operations: f64 = examples
             .iter()
-            .map(|e| {
-                flops::of_sequence(
-                    self.model.config(),
-                    plan.mask(),
-                    e.spans.len(),
-                    e.n_supervised(),
-                )
-            })
+            .map(|e| flops::of_sequence(config, mask, e.spans.len(), e.n_supervised(), frozen))
             .sum();
         let warm = phase.objective.is_diffusion();
         let u_max = u_max(place.phase_step, phase.corruption_warmup, phase.u_init);
@@ -427,6 +430,7 @@ impl Trainer {
             best: self.best,
             recipe,
             dataset: self.dataset,
+            base: self.base,
         };
         self.tensorboard.flush()?;
         let place =

@@ -4,6 +4,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::weights::quant::repack;
 use super::weights::{StoredType, Weights};
 use crate::gpu::Gpu;
@@ -12,8 +14,9 @@ use crate::tensor::stored::{decode, encode};
 use crate::tensor::{DType, QUANT_BLOCK, Tensor};
 use crate::{Error, Result};
 
-/// How weight matrices rest in device memory; norms are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How weight matrices rest in device memory; norms are always f32. In files by its name in lower case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// As the file has them: floats unchanged, blocks of Q8_0 as [`DType::Q8`], of Q4_0 and Q4_1 as
     /// [`DType::Q4`], all exactly.

@@ -20,13 +20,13 @@ pub struct LoraSettings {
     /// Learn a length for each row too (DoRA, arXiv 2402.09353).
     pub dora: bool,
     /// How the frozen matrices rest in memory.
-    pub base: BaseType,
+    pub base: Precision,
 }
 
 impl Default for LoraSettings {
     fn default() -> Self {
         let targets = TARGETS.map(String::from).to_vec();
-        LoraSettings { rank: 16, alpha: 32.0, targets, dora: false, base: BaseType::Stored }
+        LoraSettings { rank: 16, alpha: 32.0, targets, dora: false, base: Precision::Stored }
     }
 }
 
@@ -46,50 +46,5 @@ impl LoraSettings {
             "lora: the mean of adapters is not the adapter of the mean; set checkpoints.average = 1"
         );
         Ok(())
-    }
-}
-
-/// [`Precision`] by the name that recipes use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BaseType {
-    /// As the file has them.
-    Stored,
-    /// 4 bytes a weight.
-    F32,
-    /// 2 bytes.
-    Bf16,
-    /// 2 bytes.
-    F16,
-    /// 8.5 bits.
-    Q8,
-    /// 5 bits.
-    Q4,
-}
-
-impl BaseType {
-    /// Its name in recipes.
-    pub fn name(self) -> &'static str {
-        match self {
-            BaseType::Stored => "stored",
-            BaseType::F32 => "f32",
-            BaseType::Bf16 => "bf16",
-            BaseType::F16 => "f16",
-            BaseType::Q8 => "q8",
-            BaseType::Q4 => "q4",
-        }
-    }
-}
-
-impl From<BaseType> for Precision {
-    fn from(base: BaseType) -> Precision {
-        match base {
-            BaseType::Stored => Precision::Stored,
-            BaseType::F32 => Precision::F32,
-            BaseType::Bf16 => Precision::Bf16,
-            BaseType::F16 => Precision::F16,
-            BaseType::Q8 => Precision::Q8,
-            BaseType::Q4 => Precision::Q4,
-        }
     }
 }
