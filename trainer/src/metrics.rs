@@ -43,8 +43,8 @@ pub struct Metrics {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ce_by_rate: Vec<Option<f64>>,
     /// Floating-point operations of the step by the usual count (6 a weight and token, and attention), as a share of
-    /// what the device was measured to do in f32 when the run began: above 1 on matrix units, or if other work disturbed
-    /// that.
+    /// what the device was measured to do in f32 when the run began: above 1 on matrix units, or if other work
+    /// disturbed that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flop_utilisation: Option<f64>,
     /// Most device memory in use so far, in bytes.
