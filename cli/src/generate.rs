@@ -99,7 +99,7 @@ pub struct Args {
 /// How to decode.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum ModeArg {
-    /// Diffusion if the model's config names a mask token and a block length, else ar
+    /// Diffusion if the model's config says that it was trained so, else ar
     Auto,
     /// One token per forward pass
     Ar,
@@ -167,7 +167,7 @@ fn pass_rows(options: &DecodeOptions) -> usize {
 impl Args {
     fn options(&self, config: &LlamaConfig, prompt: usize) -> Result<DecodeOptions> {
         let diffusion = match self.mode {
-            ModeArg::Auto => config.mask_token_id.is_some() && config.block_length.is_some(),
+            ModeArg::Auto => config.is_diffusion(),
             ModeArg::Ar => false,
             ModeArg::Diffusion => true,
         };

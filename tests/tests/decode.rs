@@ -8,7 +8,7 @@ use demask_engine::decode::{
     FinishReason, Generation, Mode, Remasking, Schedule, Session, bits_per_byte, generate,
     perplexity, score,
 };
-use demask_engine::model::{KvCache, Llama, Precision};
+use demask_engine::model::{DiffusionAttention, KvCache, Llama, Precision};
 use demask_engine::ops::Mask;
 use demask_engine::{Error, Result};
 use demask_tests::{golden, gpu};
@@ -107,7 +107,11 @@ fn uncached(llama: &Llama, prompt: &[u32], options: &DecodeOptions) -> (Vec<u32>
                 Schedule::Fixed { steps } => n / steps + usize::from(step < n % steps),
                 Schedule::Threshold(_) => 1,
             };
-            let logits = full_pass(llama, &x[..end], Mask::BlockCausal(b));
+            let logits = match block.attention {
+                DiffusionAttention::Block => full_pass(llama, &x[..end], Mask::BlockCausal(b)),
+                DiffusionAttention::Causal => full_pass(llama, &x[..end], Mask::Causal),
+                DiffusionAttention::Full => full_pass(llama, &x, Mask::Full),
+            };
             let of = |i: usize| (i, best(&logits[i], Some(MASK_ID)));
             let mut found: Vec<(usize, (u32, f64))> = open.iter().map(|&i| of(i)).collect();
             found.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
@@ -168,6 +172,40 @@ fn golden_decodings_are_reproduced() {
         assert_eq!(fused.forwards, steps.len(), "fused, only passes that commit are left");
         assert_eq!(fused.tokens_per_forward, max_tokens as f32 / steps.len() as f32);
     }
+}
+
+#[test]
+fn models_trained_without_blocks_decode_as_they_were_trained() {
+    let Some(mut llama) = tiny() else { return };
+    let mut answers = Vec::new();
+    for attention in [DiffusionAttention::Causal, DiffusionAttention::Full] {
+        for (p, schedule) in [(1, fixed(2)), (6, Schedule::Threshold(0.2)), (11, fixed(8))] {
+            let options = block(8, schedule, 13);
+            let options = change(options, |block| block.attention = attention);
+            let prompt = &PROMPT[..p];
+            let (want, steps) = uncached(&llama, prompt, &options);
+            for options in [options.clone(), unfused(options)] {
+                let (got, events) = run(&llama, prompt, &options);
+                assert_eq!(got.token_ids, want[p..], "prompt of {p}, {options:?}");
+                assert_eq!(commits(&events), steps, "prompt of {p}, {options:?}");
+                if attention == DiffusionAttention::Full {
+                    assert_eq!(
+                        got.forwards,
+                        steps.len(),
+                        "nothing is cached, so nothing is sealed"
+                    );
+                }
+            }
+            answers.push(want);
+        }
+        let config = llama.config_mut();
+        (config.mask_token_id, config.block_length) = (Some(MASK_ID), None);
+        config.diffusion_attention = attention;
+        assert!(config.is_diffusion());
+        let Mode::Block(options) = DecodeOptions::for_model(config).mode else { panic!("blocks") };
+        assert_eq!((options.attention, options.block_length), (attention, 32));
+    }
+    assert_ne!(answers[2], answers[5], "the masks differ");
 }
 
 #[test]

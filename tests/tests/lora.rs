@@ -218,7 +218,8 @@ fn an_adapter_goes_through_its_files() {
     let base = Llama::load(&gpu, &golden("tiny"), Precision::F32).unwrap();
     for dora in [false, true] {
         let mut lora = random(base.config(), dora);
-        lora.decoding = Decoding { block_length: Some(4), mask_token_id: Some(96) };
+        lora.decoding =
+            Decoding { block_length: Some(4), mask_token_id: Some(96), ..Decoding::default() };
         lora.write(work.path(), "base").unwrap();
         assert_eq!(Lora::read(work.path()).unwrap(), lora);
         let model =

@@ -248,20 +248,19 @@ impl Rehearsal<'_> {
             let documents = recipe.data.document_mask;
             without_recording(|| batch::loss(model, &micro, plan.mask(), 1.0, documents, false));
         }
-        if let Some(options) = decoding(model, &plan)? {
-            for prompt in &recipe.validation.prompts {
-                let room = model.config().max_position_embeddings;
-                // A token is at least a byte, but for the one that begins a text.
-                let prompt = vec![0; (prompt.len() + 1).min(room)];
-                let max_tokens = recipe.validation.sample_tokens.min(room - prompt.len());
-                // What is read back is no text; nothing should look like its end.
-                let eos_ids = Vec::new();
-                let options = DecodeOptions { max_tokens, eos_ids, ..options.clone() };
-                let mut session = decode::start(model, &prompt, &options)?;
-                // All passes behind the first take what that one takes.
-                while session.finished().is_none() && session.counters().passes == 0 {
-                    session.advance(&mut Vec::new())?;
-                }
+        let options = decoding(model, &plan)?;
+        for prompt in &recipe.validation.prompts {
+            let room = model.config().max_position_embeddings;
+            // A token is at least a byte, but for the one that begins a text.
+            let prompt = vec![0; (prompt.len() + 1).min(room)];
+            let max_tokens = recipe.validation.sample_tokens.min(room - prompt.len());
+            // What is read back is no text; nothing should look like its end.
+            let eos_ids = Vec::new();
+            let options = DecodeOptions { max_tokens, eos_ids, ..options.clone() };
+            let mut session = decode::start(model, &prompt, &options)?;
+            // All passes behind the first take what that one takes.
+            while session.finished().is_none() && session.counters().passes == 0 {
+                session.advance(&mut Vec::new())?;
             }
         }
         self.note("measuring held-out text", &HashSet::new(), &HashSet::new());

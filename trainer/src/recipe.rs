@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use demask_engine::model::LlamaConfig;
+use demask_engine::model::lora::Decoding;
+use demask_engine::model::{DiffusionAttention, LlamaConfig};
 use demask_engine::ops::Mask;
 use serde::{Deserialize, Serialize};
 
@@ -428,6 +429,18 @@ impl Phase {
         (self.objective == Objective::BlockDiffusion).then(|| self.block_length.at(step))
     }
 
+    /// How its models are decoded after `step` steps; `None` if one token at a time.
+    pub fn decoding(&self, step: u64, mask_id: u32) -> Option<Decoding> {
+        let diffusion_attention = match self.objective {
+            Objective::Ar => return None,
+            Objective::BlockDiffusion => DiffusionAttention::Block,
+            Objective::FullDiffusion => DiffusionAttention::Full,
+            Objective::CausalDiffusion => DiffusionAttention::Causal,
+        };
+        let block_length = self.decoded_block(step);
+        Some(Decoding { block_length, mask_token_id: Some(mask_id), diffusion_attention })
+    }
+
     fn check(&self, data: &Data, batch: usize) -> Result<()> {
         ensure!(self.steps > 0, "steps must be at least 1");
         ensure!(self.lr.is_finite() && self.lr > 0.0, "lr must be positive");
@@ -607,6 +620,7 @@ impl Fresh {
             mask_token_id: mask,
             pad_token_id: None,
             block_length: None,
+            diffusion_attention: DiffusionAttention::default(),
         }
     }
 }

@@ -403,12 +403,8 @@ impl Trainer {
 
     /// The model's configuration says how it was trained.
     fn name_objective(&mut self, place: Place<'_>) {
-        let block = place.phase.decoded_block(place.phase_step);
-        let mask_id = self.mask_id;
-        let config = self.model.config_mut();
-        config.block_length = block.or(config.block_length);
-        if place.phase.objective.is_diffusion() {
-            config.mask_token_id = Some(mask_id);
+        if let Some(decoding) = place.phase.decoding(place.phase_step, self.mask_id) {
+            decoding.apply(self.model.config_mut());
         }
     }
 

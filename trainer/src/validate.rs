@@ -11,7 +11,7 @@ use crate::batch::{self, StepPlan};
 use crate::metrics::{Sample, Validation};
 use crate::noise::Example;
 use crate::pack::Packed;
-use crate::recipe::{Objective, Recipe};
+use crate::recipe::Recipe;
 
 /// Measures the first sequences of each source's held-out text under the plan's phase. Each call hides the same tokens
 /// (the plan's step should be the same), so that models can be compared. The last entry is over all sources.
@@ -93,21 +93,17 @@ impl Sum {
     }
 }
 
-/// How a model is decoded greedily under the plan's objective; `None` where no session decodes it.
-pub fn decoding(model: &Llama, plan: &StepPlan<'_>) -> Result<Option<DecodeOptions>> {
-    Ok(match plan.place.phase.objective {
-        Objective::Ar => Some(DecodeOptions::autoregressive(model.config())),
-        Objective::BlockDiffusion => {
-            let mut config = model.config().clone();
-            config.block_length = plan.place.phase.decoded_block(plan.place.phase_step);
-            config.mask_token_id = Some(plan.mask_id);
-            Some(DecodeOptions::block(&config)?)
-        }
-        Objective::FullDiffusion | Objective::CausalDiffusion => None,
-    })
+/// How a model is decoded greedily under the plan's objective.
+pub fn decoding(model: &Llama, plan: &StepPlan<'_>) -> Result<DecodeOptions> {
+    let Some(decoding) = plan.place.phase.decoding(plan.place.phase_step, plan.mask_id) else {
+        return Ok(DecodeOptions::autoregressive(model.config()));
+    };
+    let mut config = model.config().clone();
+    decoding.apply(&mut config);
+    Ok(DecodeOptions::block(&config)?)
 }
 
-/// What the model makes of each of the recipe's prompts, greedily; nothing under an objective that no session decodes.
+/// What the model makes of each of the recipe's prompts, greedily.
 pub fn samples(
     recipe: &Recipe,
     model: &Llama,
@@ -115,7 +111,7 @@ pub fn samples(
     plan: &StepPlan<'_>,
     step: u64,
 ) -> Result<Vec<Sample>> {
-    let Some(options) = decoding(model, plan)? else { return Ok(Vec::new()) };
+    let options = decoding(model, plan)?;
     let mut samples = Vec::new();
     for prompt in &recipe.validation.prompts {
         let ids = tokenizer.encode(prompt, true)?;

@@ -11,6 +11,9 @@
 //! their outcomes are known: up to `look_ahead` of them. The host replays the outcomes in order. A pass that turns out
 //! to be one too many, behind a full block or a finished answer, changes nothing and is not counted.
 //!
+//! Under full attention (LLaDA, arXiv 2502.09992) a token's keys depend on what comes behind it, so nothing can be
+//! cached: every pass runs the whole canvas. Under causal attention everything is as above.
+//!
 //! Where this deviates from the reference implementation: a hole is known by position, so that a
 //! mask token in the prompt is an ordinary token; the mask token is never proposed; the threshold
 //! schedule runs until the block is full; a block ends as soon as everything up to its stop token
@@ -22,7 +25,7 @@ use std::ops::Range;
 use super::canvas::{Canvas, Outcome, Proposal, Quota, Wanted};
 use super::{Counters, DecodeOptions, Event, FinishReason, Mode, PREFILL_ROWS, Sampler, Session};
 use super::{check_ids, check_request, look_ahead};
-use crate::model::{KvCache, Llama};
+use crate::model::{DiffusionAttention, KvCache, Llama};
 use crate::ops::Mask;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
@@ -34,6 +37,8 @@ pub struct BlockOptions {
     pub block_length: usize,
     /// The token that stands for an open position.
     pub mask_id: u32,
+    /// What a token sees.
+    pub attention: DiffusionAttention,
     /// How many positions a pass commits.
     pub schedule: Schedule,
     /// Which positions a pass commits.
@@ -67,11 +72,12 @@ pub enum Remasking {
 }
 
 impl BlockOptions {
-    /// Confidence threshold 0.95, fused.
+    /// Confidence threshold 0.95, fused, block-causal.
     pub fn new(mask_id: u32, block_length: usize) -> Self {
         BlockOptions {
             block_length,
             mask_id,
+            attention: DiffusionAttention::Block,
             schedule: Schedule::Threshold(0.95),
             remasking: Remasking::LowConfidence,
             fused: true,
@@ -195,6 +201,11 @@ impl<'a> BlockSession<'a> {
         start..(start + self.options.block_length).min(self.tokens.len())
     }
 
+    /// Whether keys and values of final tokens are final too.
+    fn caches(&self) -> bool {
+        self.options.attention != DiffusionAttention::Full
+    }
+
     /// The part of a block that belongs to the answer.
     fn answer_of(&self, block: &Range<usize>) -> Range<usize> {
         block.start.max(self.prompt)..block.end
@@ -212,6 +223,9 @@ impl<'a> BlockSession<'a> {
 
     /// Rows of the prompt that the next pass only reads; `None` if the block's passes can begin.
     fn next_prefill(&self) -> Option<Range<usize>> {
+        if !self.caches() {
+            return None;
+        }
         let b = self.options.block_length;
         let most = (PREFILL_ROWS / b).max(1) * b;
         let left = self.aligned().saturating_sub(self.plan.clean);
@@ -232,14 +246,23 @@ impl<'a> BlockSession<'a> {
 
     /// Runs the tokens at `rows` behind the cache and returns their hidden states, `[rows, D]`.
     fn run(&mut self, rows: Range<usize>) -> Tensor {
-        let mask = Mask::BlockCausal(self.options.block_length);
+        let mask = match self.options.attention {
+            DiffusionAttention::Block => Mask::BlockCausal(self.options.block_length),
+            DiffusionAttention::Causal => Mask::Causal,
+            DiffusionAttention::Full => Mask::Full,
+        };
         let tokens = self.canvas.rows(rows.clone());
         self.llama.step_on_device(&tokens, rows.start, mask, &mut self.cache)
     }
 
+    /// Whether a block's final keys and values are computed by a pass of their own.
+    fn seals(&self) -> bool {
+        !self.options.fused && self.caches()
+    }
+
     /// Gives the planned block's final keys and values to the cache, where no pass of the next block does.
     fn seal(&mut self) {
-        if !self.options.fused && self.plan.clean < self.plan.block.end {
+        if self.seals() && self.plan.clean < self.plan.block.end {
             self.run(self.plan.block.clone());
             self.plan.clean = self.plan.block.end;
         }
@@ -273,11 +296,12 @@ impl<'a> BlockSession<'a> {
         let rows = answer.start - clean..answer.end - clean;
         let canvas = self.canvas.clone();
         let outcome = canvas.pass_if(wanted, || {
-            let hidden = self.run(clean..block.end);
+            let end = if self.caches() { block.end } else { self.tokens.len() };
+            let hidden = self.run(clean..end);
             canvas.commit(&llama.logits_of_rows(&hidden, rows), answer.start, quota, remasking)
         });
         self.recorded.push_back((block.start, outcome));
-        self.plan.clean = block.start;
+        self.plan.clean = if self.caches() { block.start } else { 0 };
         self.plan.passes += 1;
         true
     }
@@ -323,7 +347,7 @@ impl<'a> BlockSession<'a> {
                 self.seal();
             }
         }
-        self.counters.forwards += usize::from(!self.options.fused && !stopped);
+        self.counters.forwards += usize::from(self.seals() && !stopped);
         let start = self.block.start.max(self.prompt);
         events.push(Event::BlockDone {
             start,

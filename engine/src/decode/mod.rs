@@ -18,13 +18,15 @@ pub use sampler::{Choice, Sampler};
 pub use score::{bits_per_byte, perplexity, score};
 
 use crate::gpu::Gpu;
-use crate::model::{Llama, LlamaConfig};
+use crate::model::{DiffusionAttention, Llama, LlamaConfig};
 use crate::{Error, Result};
 
 /// Rows of the prompt that one forward pass takes, which bounds the memory of a prefill.
 const PREFILL_ROWS: usize = 512;
 /// Block length of the published Stable-DiffCoder models, for configurations that name none.
 const DEFAULT_BLOCK_LENGTH: usize = 4;
+/// The same for models that were not trained on blocks.
+const DEFAULT_WITHOUT_BLOCKS: usize = 32;
 
 /// How to decode.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,7 +59,8 @@ impl DecodeOptions {
         Self::block(config).unwrap_or_else(|_| Self::autoregressive(config))
     }
 
-    /// Block diffusion with the model's mask token and block length (4 if it names none).
+    /// Block diffusion with the model's mask token and block length. Without one, 4, or 32 if the model was not
+    /// trained on blocks.
     ///
     /// # Errors
     /// If the model names no mask token.
@@ -69,8 +72,12 @@ impl DecodeOptions {
                     .into(),
             )
         })?;
-        let length = config.block_length.unwrap_or(DEFAULT_BLOCK_LENGTH);
-        let mode = Mode::Block(BlockOptions::new(mask_id, length));
+        let attention = config.diffusion_attention;
+        let length = config.block_length.unwrap_or(match attention {
+            DiffusionAttention::Block => DEFAULT_BLOCK_LENGTH,
+            _ => DEFAULT_WITHOUT_BLOCKS,
+        });
+        let mode = Mode::Block(BlockOptions { attention, ..BlockOptions::new(mask_id, length) });
         Ok(DecodeOptions { mode, ..Self::autoregressive(config) })
     }
 

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 mod fields;
@@ -65,9 +66,31 @@ pub struct LlamaConfig {
     pub pad_token_id: Option<u32>,
     /// Diffusion block length in tokens the model was trained with. Ours; other loaders ignore it.
     pub block_length: Option<usize>,
+    /// What the tokens see under diffusion. Absent in `config.json` means the block-causal mask. Ours, as above.
+    pub diffusion_attention: DiffusionAttention,
+}
+
+/// Which tokens a token sees in a model that was trained by diffusion.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiffusionAttention {
+    /// Its own block and the blocks before it.
+    #[default]
+    Block,
+    /// Itself and the tokens before it.
+    Causal,
+    /// The whole sequence.
+    Full,
 }
 
 impl LlamaConfig {
+    /// Whether it says of itself that it was trained by diffusion.
+    pub fn is_diffusion(&self) -> bool {
+        let says =
+            self.block_length.is_some() || self.diffusion_attention != DiffusionAttention::Block;
+        self.mask_token_id.is_some() && says
+    }
+
     /// Reads and checks `dir/config.json` (at most 1 MiB).
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
@@ -127,6 +150,7 @@ impl LlamaConfig {
             mask_token_id: fields.ids("mask_token_id", &[])?.first().copied(),
             pad_token_id: fields.ids("pad_token_id", &[])?.first().copied(),
             block_length: fields.usize("block_length")?,
+            diffusion_attention: fields.word("diffusion_attention")?.unwrap_or_default(),
         };
         config.validate(path)?;
         Ok(config)
@@ -173,6 +197,9 @@ impl LlamaConfig {
         }
         if let Some(length) = self.block_length {
             value["block_length"] = json!(length);
+        }
+        if self.diffusion_attention != DiffusionAttention::Block {
+            value["diffusion_attention"] = json!(self.diffusion_attention);
         }
         value
     }

@@ -10,9 +10,10 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::config::LlamaConfig;
+use super::config::{DiffusionAttention, LlamaConfig};
 use super::save::save_files;
 use crate::philox::Philox;
 use crate::tensor::stored::decode;
@@ -60,25 +61,36 @@ pub struct LowRank {
     pub magnitude: Vec<f32>,
 }
 
-/// Fields of a model's configuration that block diffusion sets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Fields of a model's configuration that diffusion sets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Decoding {
     /// B.
     pub block_length: Option<usize>,
     /// The token of a hole.
     pub mask_token_id: Option<u32>,
+    /// What the tokens see.
+    pub diffusion_attention: DiffusionAttention,
 }
 
 impl Decoding {
     /// What a configuration says.
     pub fn of(config: &LlamaConfig) -> Decoding {
-        Decoding { block_length: config.block_length, mask_token_id: config.mask_token_id }
+        Decoding {
+            block_length: config.block_length,
+            mask_token_id: config.mask_token_id,
+            diffusion_attention: config.diffusion_attention,
+        }
     }
 
     /// Sets what is known in a configuration.
     pub fn apply(self, config: &mut LlamaConfig) {
-        config.block_length = self.block_length.or(config.block_length);
+        if self == Decoding::default() {
+            return;
+        }
+        config.block_length = self.block_length;
         config.mask_token_id = self.mask_token_id.or(config.mask_token_id);
+        config.diffusion_attention = self.diffusion_attention;
     }
 }
 
@@ -227,9 +239,7 @@ impl Lora {
             (CONFIG.to_owned(), pretty(&config)),
         ];
         if self.decoding != Decoding::default() {
-            let Decoding { block_length, mask_token_id } = self.decoding;
-            let decoding = json!({"block_length": block_length, "mask_token_id": mask_token_id});
-            files.push((DECODING.to_owned(), pretty(&decoding)));
+            files.push((DECODING.to_owned(), pretty(&json!(self.decoding))));
         }
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
         save_files(dir, &files)
@@ -330,19 +340,7 @@ fn read_decoding(path: &Path) -> Result<Decoding> {
     if !path.exists() {
         return Ok(Decoding::default());
     }
-    let value = read_json(path)?;
-    let number = |field: &str| match &value[field] {
-        Value::Null => Ok(None),
-        value => value
-            .as_u64()
-            .and_then(|n| u32::try_from(n).ok())
-            .map(Some)
-            .ok_or_else(|| Error::model(path, format!("{field} is {value}, no number"))),
-    };
-    Ok(Decoding {
-        block_length: number("block_length")?.map(|b| b as usize).filter(|b| *b > 0),
-        mask_token_id: number("mask_token_id")?,
-    })
+    serde_json::from_value(read_json(path)?).map_err(|e| Error::model(path, e.to_string()))
 }
 
 fn pretty(value: &Value) -> Vec<u8> {

@@ -15,7 +15,7 @@ pub mod weights;
 
 pub use cache::KvCache;
 pub use chat::{CHATML, ChatTemplate};
-pub use config::{LlamaConfig, RopeScaling};
+pub use config::{DiffusionAttention, LlamaConfig, RopeScaling};
 pub use llama::{Inputs, Llama};
 pub use lora::Lora;
 pub use parameter::{Parameter, Precision};

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
@@ -49,6 +50,13 @@ impl Fields<'_> {
             Some(x) => Ok(Some(x)),
             None => Err(self.error(format!("{name} is {}; expected true or false", brief(value)))),
         }
+    }
+
+    /// One of the words of `T`.
+    pub fn word<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let wrong = |e| self.error(format!("{name} is {}: {e}", brief(value)));
+        T::deserialize(value).map(Some).map_err(wrong)
     }
 
     /// Token ids: an int, a list, `null` (none) or absent (`default`). A negative int means none.

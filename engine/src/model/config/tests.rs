@@ -21,6 +21,7 @@ pub(crate) fn tiny() -> LlamaConfig {
         mask_token_id: Some(5),
         pad_token_id: None,
         block_length: Some(4),
+        diffusion_attention: DiffusionAttention::Causal,
     }
 }
 

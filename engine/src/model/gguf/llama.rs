@@ -2,7 +2,7 @@
 //! Not here: the container (`gguf.rs`).
 
 use super::Gguf;
-use crate::model::config::{LlamaConfig, RopeScaling};
+use crate::model::config::{DiffusionAttention, LlamaConfig, RopeScaling};
 use crate::model::weights::quant::dequantise;
 use crate::{Error, Result};
 
@@ -136,6 +136,7 @@ pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
         mask_token_id: id("tokenizer.ggml.mask_token_id")?,
         pad_token_id: id("tokenizer.ggml.padding_token_id")?,
         block_length: None,
+        diffusion_attention: DiffusionAttention::default(),
     };
     config.validate(path)?;
     if let Some(scaling) = llama3_scaling(gguf, bytes, &config)? {
