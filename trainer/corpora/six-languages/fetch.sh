@@ -172,9 +172,10 @@ debian_index() {
     need apt-get "run on Debian or a Debian container; the other parts need no apt"
     [[ -f $keyring ]] || die "$keyring is missing" "apt-get install debian-archive-keyring"
     mkdir -p "$out/.apt/lists/partial" "$out/.apt/cache/archives/partial"
-    # The archives that this system itself installs from, with their sources.
+    # The archives that this system itself installs from, with their sources. Of equal versions apt takes the first, so
+    # the security archive, which drops a tarball once the main one has it, comes behind.
     apt-get indextargets --format "deb-src [signed-by=$keyring] \$(REPO_URI) \$(RELEASE) \$(COMPONENT)" \
-        'Created-By: Packages' 'Origin: Debian' | sort -u >"$out/.apt/sources.list"
+        'Created-By: Packages' 'Origin: Debian' | sort -ur >"$out/.apt/sources.list"
     [[ -s $out/.apt/sources.list ]] || die "apt knows no Debian archive" "run apt-get update on a Debian system"
     apt update || die "apt could not read Debian's source lists" "run again when Debian's archive is reachable"
 }
