@@ -1,6 +1,6 @@
 // attention_backward_q: dq[q] = scale sum_k ds[q, k] k[k],  ds = p (do.v - dots),  p = exp(scale q.k - lse)
 // q, dy, dq [B, Tq, N, H]    k, v  [B, Tk, G, H]
-// stats     [2, B, Tq, N]: lse, then dots        spans [B, length, 2]
+// stats     [2, B, Tq, N]: lse, then dots        spans [words], see mask
 // dispatch  (query tiles of 64, G, B)
 // shared    8 quads of 64 queries and 32 keys, then 64 x 32 values of ds and 8 quads of 32 keys: 13.5 KiB
 #import mask
@@ -8,14 +8,13 @@
 const H: u32 = 64u; // host 4 64 128 192
 const H4: u32 = H / 4u;
 struct Params {
-    tq: u32, tk: u32, kv_heads: u32, capacity: u32, mask: u32, block: u32, length: u32, q_start: u32,
-    scale: f32, rows: u32, splits: u32,
+    tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;         // [B, Tq, N, H / 4]
 @group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;         // [B, Tk, G, H / 4]
 @group(0) @binding(3) var<storage, read> v: array<vec4<f32>>;         // [B, Tk, G, H / 4]
-@group(0) @binding(4) var<storage, read> spans: array<u32>;           // [B, length, 2]
+@group(0) @binding(4) var<storage, read> spans: array<u32>;           // [words]
 @group(0) @binding(5) var<storage, read> dy: array<vec4<f32>>;        // [B, Tq, N, H / 4]
 @group(0) @binding(6) var<storage, read> stats: array<f32>;           // [2, B, Tq, N]
 @group(0) @binding(7) var<storage, read_write> dq: array<vec4<f32>>;  // [B, Tq, N, H / 4]
@@ -60,7 +59,7 @@ fn products_of(values: bool, t: u32, qx: vec4<u32>, kx: vec4<u32>) -> mat4x4<f32
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let kv_head = group.y;
     let batch = group.z;
-    let rows = tile_rows(group.x, 64u, p.tq, SHARED);
+    let rows = tile_rows(batch, group.x, 64u, p.tq, SHARED);
     // Rows past the edge repeat the last one.
     let own = min(quad_of(rows.x + t / 8u * 4u, 1u), vec4<u32>(rows.y - 1u));
     let staged = query_at(batch, kv_head, min(quad_of(rows.x + t / 8u, 16u), vec4<u32>(rows.y - 1u)));

@@ -1,20 +1,19 @@
 // attention_backward_q_subgroup8: dq[q] = scale sum_k ds[q, k] k[k],  ds = p (do.v - dots),  p = exp(scale q.k - lse)
 // q, dy, dq [B, Tq, N, H]    k, v  [B, Tk, G, H]
-// stats     [2, B, Tq, N]: lse, then dots        spans [B, length, 2]
+// stats     [2, B, Tq, N]: lse, then dots        spans [words], see mask
 // dispatch  (query tiles of 32, G, B): a workgroup is one subgroup of 8, a lane has four query rows
 // shared    twice 32 x 32 values, 8 KiB; a lane reads only what it wrote
 #import mask
 #import eight
 const H: u32 = 64u; // host 8 64 128
 struct Params {
-    tq: u32, tk: u32, kv_heads: u32, capacity: u32, mask: u32, block: u32, length: u32, q_start: u32,
-    scale: f32, rows: u32, splits: u32,
+    tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;         // [B, Tq, N, H / 4]
 @group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;         // [B, Tk, G, H / 4]
 @group(0) @binding(3) var<storage, read> v: array<vec4<f32>>;         // [B, Tk, G, H / 4]
-@group(0) @binding(4) var<storage, read> spans: array<u32>;           // [B, length, 2]
+@group(0) @binding(4) var<storage, read> spans: array<u32>;           // [words]
 @group(0) @binding(5) var<storage, read> dy: array<vec4<f32>>;        // [B, Tq, N, H / 4]
 @group(0) @binding(6) var<storage, read> stats: array<f32>;           // [2, B, Tq, N]
 @group(0) @binding(7) var<storage, read_write> dq: array<vec4<f32>>;  // [B, Tq, N, H / 4]
@@ -78,7 +77,7 @@ fn store(to: vec4<u32>, d: u32, many: u32, x: Scores) {
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id) lane: u32) {
     let kv_head = group.y;
     let batch = group.z;
-    let tile = tile_rows(group.x, 32u, p.tq, SHARED);
+    let tile = tile_rows(batch, group.x, 32u, p.tq, SHARED);
     // Lanes past the edge repeat the last row: every lane must take part in the broadcasts.
     let row = min(quad_of(tile.x + 4u * lane), vec4<u32>(tile.y - 1u));
     let at = query_at(batch, kv_head, row);

@@ -1,5 +1,5 @@
 // attention_few: attention for a few query rows: o[q] = sum_k softmax_k(scale q.k) v[k], lse[q] = ln sum_k exp
-// q         [B, Tq, N, H]    k, v  [B, capacity, G, H], the first tk rows of it    spans [B, length, 2]
+// q         [B, Tq, N, H]    k, v  [B, Tk, G, H]    spans [words], see mask
 // o         [splits, B, Tq, N, H]    stats [splits, B, Tq, N]: lse
 // dispatch  (query tiles of 16 x splits, G, B): 64 lanes are keys for the scores, then dimensions for the sum
 // shared    16 queries, 64 x 16 weights, 13 KiB at H = 128
@@ -9,14 +9,13 @@ const H4: u32 = H / 4u;
 const PER_LANE: u32 = (H + 63u) / 64u;
 const NEVER: f32 = -3.0e38;
 struct Params {
-    tq: u32, tk: u32, kv_heads: u32, capacity: u32, mask: u32, block: u32, length: u32, q_start: u32,
-    scale: f32, rows: u32, splits: u32,
+    tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
-@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, capacity, G, H / 4]
-@group(0) @binding(3) var<storage, read> v: array<f32>;                  // [B, capacity, G, H]
-@group(0) @binding(4) var<storage, read> spans: array<u32>;              // [B, length, 2]
+@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, Tk, G, H / 4]
+@group(0) @binding(3) var<storage, read> v: array<f32>;                  // [B, Tk, G, H]
+@group(0) @binding(4) var<storage, read> spans: array<u32>;              // [words]
 @group(0) @binding(5) var<storage, read_write> o: array<f32>;            // [splits, B, Tq, N, H]
 @group(0) @binding(6) var<storage, read_write> stats: array<f32>;        // [splits, B, Tq, N]
 
@@ -37,7 +36,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let kv_head = group.y;
     let batch = group.z;
     let split = group.x % p.splits;
-    let rows = tile_rows(group.x / p.splits, 16u, p.tq, SHARED);
+    let rows = tile_rows(batch, group.x / p.splits, 16u, p.tq, SHARED);
+    if rows.x >= rows.y {
+        return;
+    }
     // Rows past the edge repeat the last one.
     for (var i = lane; i < 16u * H4; i += 64u) {
         let at = query_at(batch, kv_head, vec4<u32>(min(rows.x + i % 16u, rows.y - 1u)));

@@ -1,5 +1,5 @@
 // attention_subgroup8: attention for subgroups of 8: o[q] = sum_k softmax_k(scale q.k) v[k], lse[q] = ln sum_k exp
-// q         [B, Tq, N, H]    k, v  [B, capacity, G, H], the first tk rows of it    spans [B, length, 2]
+// q         [B, Tq, N, H]    k, v  [B, Tk, G, H]    spans [words], see mask
 // o         [splits, B, Tq, N, H]    stats [splits, B, Tq, N]: lse
 // dispatch  (query tiles of 32 x splits, G, B): a workgroup is one subgroup, a lane has four query rows
 // shared    32 x 32 weights, 4 KiB; a lane reads only what it wrote
@@ -8,14 +8,13 @@
 const H: u32 = 64u; // host 8 64 128
 const NEVER: f32 = -3.0e38;
 struct Params {
-    tq: u32, tk: u32, kv_heads: u32, capacity: u32, mask: u32, block: u32, length: u32, q_start: u32,
-    scale: f32, rows: u32, splits: u32,
+    tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
-@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, capacity, G, H / 4]
-@group(0) @binding(3) var<storage, read> v: array<vec4<f32>>;            // [B, capacity, G, H / 4]
-@group(0) @binding(4) var<storage, read> spans: array<u32>;              // [B, length, 2]
+@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, Tk, G, H / 4]
+@group(0) @binding(3) var<storage, read> v: array<vec4<f32>>;            // [B, Tk, G, H / 4]
+@group(0) @binding(4) var<storage, read> spans: array<u32>;              // [words]
 @group(0) @binding(5) var<storage, read_write> o: array<vec4<f32>>;      // [splits, B, Tq, N, H / 4]
 @group(0) @binding(6) var<storage, read_write> stats: array<f32>;        // [splits, B, Tq, N]
 
@@ -67,7 +66,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
     let kv_head = group.y;
     let batch = group.z;
     let split = group.x % p.splits;
-    let tile = tile_rows(group.x / p.splits, 32u, p.tq, SHARED);
+    let tile = tile_rows(batch, group.x / p.splits, 32u, p.tq, SHARED);
+    if tile.x >= tile.y {
+        return;
+    }
     // Lanes past the edge repeat the last row: every lane must take part in the broadcasts.
     let row = min(quad_of(tile.x + 4u * lane), vec4<u32>(tile.y - 1u));
     let at = query_at(batch, kv_head, row);

@@ -1,83 +1,96 @@
 // choose: what one segment of the vocabulary offers an open position: its best token and its part of the softmax
-// logits    [R, C], columns first .. first + C of the vocabulary, as bits
-// tokens    [capacity], the token of each position; row r is position + r, open if it holds the token hole
-// state     [3]: passes done, 1 until the answer ended, unused here
-// offers    [R, S, 6], segments skip .. on: largest logit, sum of exp(logit - largest), best value, its token, its
-//           logit, 2 with a NaN or +infinity, else 1 with a finite logit
+// logits    [R, C], as bits
+// tokens    [slots]
+// places    [R]: slot, position and lane of each row; a row is open if its slot holds the lane's hole
+// lanes     [L], the sequences of the pass    marks [sequences, 16 + 2 words]: see decide
+// state     [sequences]: passes done, 1 until the answer ended
+// limits    [R]: the lowest penalised logit that may be drawn
+// offers    [R, S, 8]: largest logit, sum of exp(logit - largest), best value, its token, its logit, 2 with a NaN or
+//           +infinity, else 1 with a finite logit; second largest logit, sum of exp(logit - largest) (logit - largest)
 // dispatch  (segments of 2048 columns, R)
 // shared    3 WG words
 #import reduce
 #import philox
 #import gumbel
+#import decide
+#import marks
 const SEGMENT: u32 = 2048u;
-const LOWEST: u32 = 0xff7fffffu;
-const NOTHING: u32 = 0xffffffffu;
-struct Params {
-    columns: u32, first: u32, segments: u32, skip: u32, position: u32, hole: u32, key_low: u32, key_high: u32,
-    temperature: f32,
-}
+struct Params { columns: u32, segments: u32, words: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> logits: array<u32>;          // [R, C]
-@group(0) @binding(2) var<storage, read> tokens: array<u32>;          // [capacity]
-@group(0) @binding(3) var<storage, read> state: array<u32>;           // [3]
-@group(0) @binding(4) var<storage, read_write> offers: array<u32>;    // [R, S, 6]
+@group(0) @binding(2) var<storage, read> tokens: array<u32>;          // [slots]
+@group(0) @binding(3) var<storage, read> places: array<vec4<u32>>;    // [R]
+@group(0) @binding(4) var<storage, read> lanes: array<Lane>;           // [L]
+@group(0) @binding(5) var<storage, read> state: array<vec4<u32>>;     // [sequences]
+@group(0) @binding(6) var<storage, read> marks: array<u32>;           // [sequences, 16 + 2 words]
+@group(0) @binding(7) var<storage, read> limits: array<f32>;          // [R]
+@group(0) @binding(8) var<storage, read_write> offers: array<u32>;    // [R, S, 8]
 
 var<workgroup> values: array<f32, WG>;
 var<workgroup> ids: array<u32, WG>;
 
-fn is_finite(bits: u32) -> bool {
-    return (bits & 0x7f800000u) != 0x7f800000u;
-}
-
-// -infinity becomes the lowest number, because WGSL leaves infinities undefined.
-fn number(bits: u32) -> f32 {
-    return bitcast<f32>(select(LOWEST, bits, is_finite(bits)));
-}
-
 // What decides: the logit itself, or argmax(logit + T g), a sample from softmax(logits / T). A token that even the
 // largest draw could not lift to `best` keeps its logit and loses.
-fn noisy(logit: f32, id: u32, position: u32, best: f32) -> f32 {
-    if p.temperature == 0.0 || logit + p.temperature * 23.0 < best {
+fn noisy(how: Lane, logit: f32, id: u32, position: u32, best: f32) -> f32 {
+    if how.temperature == 0.0 || logit + how.temperature * 23.0 < best {
         return logit;
     }
-    let words = philox(vec4<u32>(id, position, state[0], 0u), vec2<u32>(p.key_low, p.key_high));
-    return logit + p.temperature * gumbel(words.x);
+    let counter = vec4<u32>(id, position, state[how.sequence].x, 0u);
+    return logit + how.temperature * gumbel(philox(counter, vec2<u32>(how.key_low, how.key_high)).x);
 }
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.y;
-    let position = p.position + row;
-    if tokens[position] != p.hole || state[1] == 0u {
+    let place = places[row];
+    let how = lanes[place.z];
+    if tokens[place.x] != how.hole || state[how.sequence].y == 0u {
         return;
     }
     let base = row * p.columns;
     let begin = group.x * SEGMENT + lane;
     let end = min((group.x + 1u) * SEGMENT, p.columns);
-    var largest = bitcast<f32>(LOWEST);
+    let lowest = bitcast<f32>(LOWEST);
+    let limit = limits[row];
+    var largest = lowest;
     var flag = 0.0;
-    var best = bitcast<f32>(LOWEST);
+    var best = lowest;
     var id = NOTHING;
     for (var i = begin; i < end; i += WG) {
         let bits = logits[base + i];
         flag = max(flag, select(select(2.0, 0.0, bits == 0xff800000u), 1.0, is_finite(bits)));
-        let logit = number(bits);
-        largest = max(largest, logit);
-        let token = p.first + i;
-        let value = noisy(logit, token, position, best);
-        if token != p.hole && (value > best || id == NOTHING) {
-            best = value;
-            id = token;
+        largest = max(largest, number(bits));
+        let logit = penalised(how, p.words, i, number(bits));
+        if logit >= limit && is_allowed(how, p.words, i) {
+            let value = noisy(how, logit, i, place.y, best);
+            if value > best || id == NOTHING {
+                best = value;
+                id = i;
+            }
         }
     }
     largest = reduce_max(largest, lane);
     flag = reduce_max(flag, lane);
     var sum = 0.0;
+    var spread = 0.0;
+    var equal = 0.0;
+    var second = lowest;
     for (var i = begin; i < end; i += WG) {
-        // Halved, so that the difference of two large logits does not overflow.
-        sum += exp(2.0 * max(0.5 * number(logits[base + i]) - 0.5 * largest, -60.0));
+        let logit = number(logits[base + i]);
+        let less = below(logit, largest);
+        sum += exp(less);
+        spread += exp(less) * less;
+        equal += select(0.0, 1.0, logit == largest);
+        second = max(second, select(logit, lowest, logit == largest));
     }
     sum = reduce_sum(sum, lane);
+    if how.order == ENTROPY {
+        spread = reduce_sum(spread, lane);
+    }
+    if how.order == MARGIN {
+        equal = reduce_sum(equal, lane);
+        second = select(reduce_max(second, lane), largest, equal > 1.0);
+    }
     values[lane] = best;
     ids[lane] = id;
     workgroupBarrier();
@@ -94,14 +107,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
     }
     if lane == 0u {
-        let at = (row * p.segments + p.skip + group.x) * 6u;
+        let at = (row * p.segments + group.x) * 8u;
         offers[at] = bitcast<u32>(largest);
         offers[at + 1u] = bitcast<u32>(sum);
         offers[at + 2u] = bitcast<u32>(values[0]);
         offers[at + 3u] = ids[0];
         if ids[0] != NOTHING {
-            offers[at + 4u] = bitcast<u32>(number(logits[base + ids[0] - p.first]));
+            offers[at + 4u] = bitcast<u32>(number(logits[base + ids[0]]));
         }
         offers[at + 5u] = u32(flag);
+        offers[at + 6u] = bitcast<u32>(second);
+        offers[at + 7u] = bitcast<u32>(spread);
     }
 }

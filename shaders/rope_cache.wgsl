@@ -1,18 +1,20 @@
 // rope_cache: rotates the queries and keys of new tokens by their positions; keys and values go into a layer's cache
-// x             [T, N + 2 G, H]: queries, keys, values; token t at position start + t
+// x             [T, N + 2 G, H]: queries, keys, values
 // frequency     [H / 2]
+// places        [T]: each token's position and slot
 // y             [T, N, H], the queries
-// keys, values  [capacity, G, H], written from row start on
+// keys, values  [slots, G, H]
 // dispatch      256 pairs a workgroup, folded
 #import grid
 #import rotation
-struct Params { tokens: u32, heads: u32, kv_heads: u32, half: u32, start: u32 }
+struct Params { tokens: u32, heads: u32, kv_heads: u32, half: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<f32>;               // [T, N + 2 G, H]
 @group(0) @binding(2) var<storage, read> frequency: array<f32>;       // [H / 2]
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;         // [T, N, H]
-@group(0) @binding(4) var<storage, read_write> keys: array<f32>;      // [capacity, G, H]
-@group(0) @binding(5) var<storage, read_write> values: array<f32>;    // [capacity, G, H]
+@group(0) @binding(3) var<storage, read> places: array<vec2<u32>>;    // [T]
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;         // [T, N, H]
+@group(0) @binding(5) var<storage, read_write> keys: array<f32>;      // [slots, G, H]
+@group(0) @binding(6) var<storage, read_write> values: array<f32>;    // [slots, G, H]
 
 fn rotated(a: f32, b: f32, r: vec2<f32>) -> vec2<f32> {
     return vec2<f32>(a * r.x - b * r.y, b * r.x + a * r.y);
@@ -33,14 +35,15 @@ fn main(
     let head = pair / p.half % heads;
     let i = pair % p.half;
     let at = (token * heads + head) * 2u * p.half + i;
-    let kv_head = (p.start + token) * p.kv_heads + head - p.heads;
+    let place = places[token];
+    let kv_head = place.y * p.kv_heads + head - p.heads;
     if head >= p.heads + p.kv_heads {
         let to = (kv_head - p.kv_heads) * 2u * p.half + i;
         values[to] = x[at];
         values[to + p.half] = x[at + p.half];
         return;
     }
-    let turned = rotated(x[at], x[at + p.half], cos_sin(rotary_angle(p.start + token, frequency[i])));
+    let turned = rotated(x[at], x[at + p.half], cos_sin(rotary_angle(place.x, frequency[i])));
     if head < p.heads {
         let to = (token * p.heads + head) * 2u * p.half + i;
         y[to] = turned.x;

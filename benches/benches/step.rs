@@ -8,8 +8,7 @@ use std::time::Instant;
 
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::decode::{
-    self, AutoregressiveOptions, AutoregressiveSession, BlockOptions, BlockSession, DecodeOptions,
-    Mode, Schedule, Session,
+    self, BlockOptions, DecodeOptions, Decoder, Mode, Request, Sampling, Schedule,
 };
 use demask_engine::gpu::{Gpu, GpuOptions, Stats};
 use demask_engine::model::{Inputs, KvCache, Llama, Precision};
@@ -124,34 +123,29 @@ fn generate(path: &Path) -> Result<()> {
     let modes = [
         ("fixed, 2 passes a block", block(Schedule::Fixed { steps: 2 })),
         ("threshold 0, 1 pass a block", block(Schedule::Threshold(0.0))),
-        ("autoregressive", Mode::Autoregressive(AutoregressiveOptions::default())),
+        ("autoregressive", Mode::Autoregressive),
     ];
     for (name, mode) in modes {
         let options =
-            DecodeOptions { mode, max_tokens: 16, temperature: 0.0, seed: 0, eos_ids: vec![] };
+            DecodeOptions { mode, max_tokens: 16, sampling: Sampling::greedy(), eos_ids: vec![] };
         for round in 0..2 {
             for ahead in [1, 2, 4] {
                 gpu.reset_stats();
                 let start = Instant::now();
-                let mut session: Box<dyn Session> = match &options.mode {
-                    Mode::Block(_) => Box::new(
-                        BlockSession::new(&model, &prompt, &options)?.with_look_ahead(ahead),
-                    ),
-                    Mode::Autoregressive(_) => Box::new(
-                        AutoregressiveSession::new(&model, &prompt, &options)?
-                            .with_look_ahead(ahead),
-                    ),
-                };
-                while session.finished().is_none() {
-                    session.advance(&mut Vec::new())?;
+                let request = Request::answer(model.config(), &prompt, &options)?;
+                let mut decoder = Decoder::for_one(&model, &request).with_look_ahead(ahead);
+                let id = decoder.submit(request)?;
+                while !decoder.is_idle() {
+                    decoder.advance(&mut Vec::new())?;
                 }
+                let passes = decoder.counters(id).map_or(0, |done| done.passes);
                 let seconds = start.elapsed().as_secs_f64();
                 let stats = gpu.stats();
                 if round > 0 {
                     println!(
                         "{name}, {ahead} ahead: {:.1} tokens/s, {} passes, {} dispatches, host {:.2} µs a dispatch",
                         16.0 / seconds,
-                        session.counters().passes,
+                        passes,
                         stats.dispatches,
                         stats.host_time.as_secs_f64() * 1e6 / stats.dispatches as f64
                     );

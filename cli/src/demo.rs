@@ -77,8 +77,8 @@ pub struct Args {
 fn answer_options(config: &LlamaConfig, seed: u64) -> Result<DecodeOptions> {
     let mut options = DecodeOptions::block(config)?;
     options.max_tokens = ANSWER;
-    options.temperature = 0.6;
-    options.seed = seed;
+    options.sampling.temperature = 0.6;
+    options.sampling.seed = seed;
     if let Mode::Block(block) = &mut options.mode {
         block.schedule = Schedule::Threshold(0.5);
     }

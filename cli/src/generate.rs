@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Generation, Mode, Schedule};
+use demask_engine::decode::{
+    self, DecodeOptions, Event, FinishReason, Generation, Mode, Order, Sampling, Schedule,
+};
 use demask_engine::model::{Llama, LlamaConfig, Tokenizer};
 use demask_engine::tune;
 use serde_json::json;
@@ -25,7 +27,9 @@ Examples:
   echo 'import os' | demask generate --model DIR --prompt-file - --json | jq -r .text
 
 Block diffusion fills a block of tokens in a few forward passes: with --threshold
-a pass commits every token the model is that sure of, with --steps a fixed share.
+a pass commits every token the model is that sure of, with --steps a fixed share;
+--factor and --entropy-bound are other rules for the same. --order says which
+tokens come first.
 Autoregressive decoding commits one token per pass. The text goes to stdout, its
 speed to stderr.";
 
@@ -60,6 +64,18 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
+    /// Sample among the N likeliest tokens only
+    #[arg(long, value_name = "N")]
+    top_k: Option<usize>,
+
+    /// Sample among the fewest tokens that together have this probability
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+
+    /// Makes tokens that stand in the text already less likely, above 1
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repetition_penalty: f32,
+
     /// How to decode
     #[arg(long, value_enum, default_value = "auto")]
     mode: ModeArg,
@@ -69,25 +85,31 @@ pub struct Args {
     block_length: Option<usize>,
 
     /// Diffusion: fill each block in this many forward passes
-    #[arg(long, value_name = "N", help_heading = "Block diffusion", conflicts_with = "threshold")]
+    #[arg(long, value_name = "N", help_heading = "Block diffusion", group = "schedule")]
     steps: Option<usize>,
 
     /// Diffusion: each pass commits the tokens whose probability is at least this, and always the
     /// best one [default: 0.95]
-    #[arg(long, value_name = "P", help_heading = "Block diffusion")]
+    #[arg(long, value_name = "P", help_heading = "Block diffusion", group = "schedule")]
     threshold: Option<f32>,
+
+    /// Diffusion: each pass commits the r-th surest token if its probability is at least
+    /// 1 - F / (r + 1), and always the best one
+    #[arg(long, value_name = "F", help_heading = "Block diffusion", group = "schedule")]
+    factor: Option<f32>,
+
+    /// Diffusion: each pass commits the tokens of least entropy as long as these sum to at most H
+    /// nats, and always the best one
+    #[arg(long, value_name = "H", help_heading = "Block diffusion", group = "schedule")]
+    entropy_bound: Option<f32>,
+
+    /// Diffusion: which tokens a pass commits first [default: confidence]
+    #[arg(long, value_enum, help_heading = "Block diffusion")]
+    order: Option<OrderArg>,
 
     /// Draw the block being unmasked (on a terminal): ░ is open, colours tell the confidence
     #[arg(long, conflicts_with = "json")]
     show: bool,
-
-    /// Autoregressive: sample among the N likeliest tokens only
-    #[arg(long, value_name = "N", help_heading = "Autoregressive sampling")]
-    top_k: Option<usize>,
-
-    /// Autoregressive: sample among the fewest tokens that together have this probability
-    #[arg(long, value_name = "P", help_heading = "Autoregressive sampling")]
-    top_p: Option<f32>,
 
     #[command(flatten)]
     tune: TuneArgs,
@@ -105,6 +127,19 @@ enum ModeArg {
     Ar,
     /// Block by block, several tokens per forward pass
     Diffusion,
+}
+
+/// Which tokens come first.
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum OrderArg {
+    /// Those of the highest probability
+    Confidence,
+    /// Those with the largest lead over the second likeliest
+    Margin,
+    /// Those of least entropy
+    Entropy,
+    /// Any
+    Random,
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
@@ -160,7 +195,7 @@ fn pass_rows(options: &DecodeOptions) -> usize {
     match &options.mode {
         // With the block before, whose keys are still to be written.
         Mode::Block(block) => 2 * block.block_length,
-        Mode::Autoregressive(_) => 1,
+        Mode::Autoregressive => 1,
     }
 }
 
@@ -175,33 +210,42 @@ impl Args {
             true => DecodeOptions::block(config).context("--mode diffusion")?,
             false => DecodeOptions::autoregressive(config),
         };
-        let for_blocks =
-            self.block_length.is_some() || self.steps.is_some() || self.threshold.is_some();
+        let schedules = [
+            self.steps.map(|steps| Schedule::Fixed { steps }),
+            self.threshold.map(Schedule::Threshold),
+            self.factor.map(Schedule::Factor),
+            self.entropy_bound.map(Schedule::EntropyBound),
+        ];
+        let schedule = schedules.into_iter().flatten().next();
+        let for_blocks = self.block_length.is_some() || schedule.is_some() || self.order.is_some();
         match &mut options.mode {
             Mode::Block(block) => {
-                if self.top_k.is_some() || self.top_p.is_some() {
-                    crate::usage("generate", "--top-k and --top-p are for --mode ar");
-                }
                 block.block_length = self.block_length.unwrap_or(block.block_length);
-                block.schedule = match (self.steps, self.threshold) {
-                    (Some(steps), _) => Schedule::Fixed { steps },
-                    (None, Some(threshold)) => Schedule::Threshold(threshold),
-                    (None, None) => block.schedule,
+                block.schedule = schedule.unwrap_or(block.schedule);
+                block.order = match self.order {
+                    None | Some(OrderArg::Confidence) => Order::Confidence,
+                    Some(OrderArg::Margin) => Order::Margin,
+                    Some(OrderArg::Entropy) => Order::Entropy,
+                    Some(OrderArg::Random) => Order::Random,
                 };
             }
-            Mode::Autoregressive(_) if for_blocks => crate::usage(
+            Mode::Autoregressive if for_blocks => crate::usage(
                 "generate",
-                "--block-length, --steps and --threshold are for --mode diffusion, and this model \
-                 decodes autoregressively unless you say so",
+                "--block-length, --steps, --threshold, --factor, --entropy-bound and --order are \
+                 for --mode diffusion, and this model decodes autoregressively unless you say so",
             ),
-            Mode::Autoregressive(limits) => {
-                (limits.top_k, limits.top_p) = (self.top_k, self.top_p);
-            }
+            Mode::Autoregressive => {}
         }
         let room = config.max_position_embeddings.saturating_sub(prompt).max(1);
         options.max_tokens = self.max_tokens.unwrap_or(DEFAULT_TOKENS.min(room));
-        options.temperature = self.temperature;
-        options.seed = self.seed;
+        options.sampling = Sampling {
+            temperature: self.temperature,
+            seed: self.seed,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            repetition_penalty: self.repetition_penalty,
+            forbidden: Vec::new(),
+        };
         Ok(options)
     }
 }
@@ -282,14 +326,14 @@ pub fn stream(
 fn block_length(mode: &Mode) -> usize {
     match mode {
         Mode::Block(block) => block.block_length,
-        Mode::Autoregressive(_) => 1,
+        Mode::Autoregressive => 1,
     }
 }
 
 fn mode_name(mode: &Mode) -> &'static str {
     match mode {
         Mode::Block(_) => "diffusion",
-        Mode::Autoregressive(_) => "ar",
+        Mode::Autoregressive => "ar",
     }
 }
 
@@ -298,6 +342,7 @@ fn reason_name(reason: FinishReason) -> &'static str {
         FinishReason::Eos => "eos",
         FinishReason::Length => "length",
         FinishReason::Interrupted => "interrupted",
+        FinishReason::NotFinite(_) => "not_finite",
     }
 }
 
@@ -309,6 +354,7 @@ pub fn summary(generation: &Generation, mode: &str) -> String {
         FinishReason::Eos => "ended by the model",
         FinishReason::Length => "full length",
         FinishReason::Interrupted => "interrupted",
+        FinishReason::NotFinite(_) => "broken off: the logits are not finite",
     };
     format!(
         "{n} tokens in {}: {} tokens/s, {} per forward pass ({mode}, {forwards} passes; {why})",

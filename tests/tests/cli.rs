@@ -384,7 +384,12 @@ fn train_stops_resumes_and_leaves_a_model() {
         one_by_one["forwards"].as_u64()
             >= one_by_one["token_ids"].as_array().map(|t| t.len() as u64)
     );
-    misused(&[&args[..], &["--top-k", "3"]].concat());
+    misused(&[&args[..], &["--mode", "ar", "--factor", "1"]].concat());
+    misused(&[&args[..], &["--factor", "1", "--steps", "2"]].concat());
+    for rule in [["--factor", "1"], ["--entropy-bound", "2"], ["--order", "margin"]] {
+        let told = json(&demask(&[&args[..], &rule, &["--top-k", "3"]].concat()));
+        assert_eq!(told["token_ids"].as_array().map(Vec::len), Some(9), "{rule:?}");
+    }
 
     // A demo on it, with what it has just learnt from.
     let code = code.display().to_string();

@@ -4,9 +4,8 @@
 use std::ops::ControlFlow;
 
 use demask_engine::decode::{
-    AutoregressiveOptions, BlockOptions, BlockSession, Counters, DecodeOptions, Event,
-    FinishReason, Generation, Mode, Remasking, Schedule, Session, bits_per_byte, generate,
-    perplexity, score,
+    BlockOptions, Counters, DecodeOptions, Decoder, Event, FinishReason, Generation, Mode, Order,
+    Request, Sampling, Schedule, bits_per_byte, generate, perplexity, score,
 };
 use demask_engine::model::{DiffusionAttention, KvCache, Llama, Precision};
 use demask_engine::ops::Mask;
@@ -25,7 +24,7 @@ fn tiny() -> Option<Llama> {
 
 fn block(length: usize, schedule: Schedule, max_tokens: usize) -> DecodeOptions {
     let mode = Mode::Block(BlockOptions { schedule, ..BlockOptions::new(MASK_ID, length) });
-    DecodeOptions { mode, max_tokens, temperature: 0.0, seed: 0, eos_ids: vec![] }
+    DecodeOptions { mode, max_tokens, sampling: Sampling::greedy(), eos_ids: vec![] }
 }
 
 fn change(mut options: DecodeOptions, change: impl FnOnce(&mut BlockOptions)) -> DecodeOptions {
@@ -37,6 +36,11 @@ fn change(mut options: DecodeOptions, change: impl FnOnce(&mut BlockOptions)) ->
 
 fn unfused(options: DecodeOptions) -> DecodeOptions {
     change(options, |block| block.fused = false)
+}
+
+fn drawn(options: DecodeOptions, seed: u64, temperature: f32) -> DecodeOptions {
+    let sampling = Sampling { seed, temperature, ..options.sampling };
+    DecodeOptions { sampling, ..options }
 }
 
 fn fixed(steps: usize) -> Schedule {
@@ -105,7 +109,7 @@ fn uncached(llama: &Llama, prompt: &[u32], options: &DecodeOptions) -> (Vec<u32>
         for step in 0.. {
             let quota = match block.schedule {
                 Schedule::Fixed { steps } => n / steps + usize::from(step < n % steps),
-                Schedule::Threshold(_) => 1,
+                _ => 1,
             };
             let logits = match block.attention {
                 DiffusionAttention::Block => full_pass(llama, &x[..end], Mask::BlockCausal(b)),
@@ -118,7 +122,7 @@ fn uncached(llama: &Llama, prompt: &[u32], options: &DecodeOptions) -> (Vec<u32>
             let sure = |t: f32| found.iter().filter(|f| f.1.1 >= f64::from(t)).count();
             found.truncate(match block.schedule {
                 Schedule::Threshold(t) => sure(t).max(1),
-                Schedule::Fixed { .. } => quota,
+                _ => quota,
             });
             let mut positions: Vec<usize> = found.iter().map(|f| f.0).collect();
             positions.sort_unstable();
@@ -268,22 +272,24 @@ fn forwards_are_counted_as_the_arithmetic_says() {
 }
 
 #[test]
-fn prompts_are_prefilled_alone_only_where_they_must() {
+fn prompts_are_read_in_pieces() {
     let Some(mut llama) = tiny() else { return };
     llama.config_mut().max_position_embeddings = 2048;
     let prompt: Vec<u32> = (0..1101).map(|i| i * 7 % 95).collect();
     let options = block(4, fixed(4), 8);
     let mut answers = Vec::new();
-    // 1100 aligned rows: 512 + 512 alone, the rest with the first pass, or alone as well.
-    for (options, alone) in [(options.clone(), 2), (unfused(options.clone()), 3)] {
-        let mut session = BlockSession::new(&llama, &prompt, &options).expect("a fine request");
-        while session.finished().is_none() {
-            session.advance(&mut Vec::new()).expect("the device works");
+    // 1100 rows in whole blocks: 512 + 512 + 76.
+    for (options, want) in [(options.clone(), 8), (unfused(options.clone()), 11)] {
+        let request = Request::answer(llama.config(), &prompt, &options).expect("it fits");
+        let mut decoder = Decoder::for_one(&llama, &request);
+        let id = decoder.submit(request).expect("it fits");
+        while !decoder.is_idle() {
+            decoder.advance(&mut Vec::new()).expect("the device works");
         }
-        let Counters { prefills, passes, tokens, forwards } = session.counters();
-        assert_eq!((prefills, passes, tokens), (alone, 8, 8));
-        assert_eq!(forwards, if alone == 2 { 8 } else { 11 });
-        answers.push(session.answer().to_vec());
+        let answer = decoder.take(id).expect("it ended");
+        let Counters { prefills, passes, tokens, forwards } = answer.counters;
+        assert_eq!((prefills, passes, tokens, forwards), (3, 8, 8, want));
+        answers.push(answer.token_ids);
     }
     assert_eq!(answers[0], answers[1]);
     let mut x = prompt.clone();
@@ -299,8 +305,8 @@ fn prompts_are_prefilled_alone_only_where_they_must() {
 
     let causal = DecodeOptions { max_tokens: 3, ..DecodeOptions::autoregressive(llama.config()) };
     let (got, events) = run(&llama, &prompt, &causal);
-    let prefilled = |e: &&Event| matches!(e, Event::Prefilled { total: 1101, .. });
-    assert_eq!(events.iter().filter(prefilled).count(), 2);
+    let prefilled = |e: &&Event| matches!(e, Event::Prefilled { total: 1100, .. });
+    assert_eq!(events.iter().filter(prefilled).count(), 3);
     let logits = full_pass(&llama, &prompt, Mask::Causal);
     assert_eq!(best(&logits[1100], None).0, got.token_ids[0]);
     let scores = score(&llama, &prompt).expect("a fine request");
@@ -393,7 +399,7 @@ fn the_mask_token_is_never_proposed() {
     });
     let mask_id = liked.expect("the model repeats some token");
     for temperature in [0.0, 1.0] {
-        let options = DecodeOptions { temperature, ..block(4, Schedule::Threshold(0.0), 24) };
+        let options = drawn(block(4, Schedule::Threshold(0.0), 24), 0, temperature);
         let options = change(options, |block| block.mask_id = mask_id);
         let got = answer(&llama, &[], &options);
         assert!(got.len() == 24 && !got.contains(&mask_id), "{got:?}");
@@ -435,18 +441,15 @@ fn events_tell_the_whole_story() {
 #[test]
 fn random_commits_and_samples_depend_on_the_seed_alone() {
     let Some(llama) = tiny() else { return };
-    let random = change(block(4, fixed(4), 12), |block| block.remasking = Remasking::Random);
+    let random = change(block(4, fixed(4), 12), |block| block.order = Order::Random);
     let at = |seed, temperature, options: &DecodeOptions| {
-        let options = DecodeOptions { seed, temperature, ..options.clone() };
+        let options = drawn(options.clone(), seed, temperature);
         let (got, events) = run(&llama, &PROMPT[..6], &options);
         (got.token_ids, commits(&events))
     };
-    let limits = AutoregressiveOptions { top_k: Some(50), top_p: Some(0.95) };
-    let causal = DecodeOptions {
-        mode: Mode::Autoregressive(limits),
-        max_tokens: 12,
-        ..block(1, fixed(1), 0)
-    };
+    let sampling = Sampling { top_k: Some(50), top_p: Some(0.95), ..Sampling::greedy() };
+    let mode = Mode::Autoregressive;
+    let causal = DecodeOptions { mode, sampling, max_tokens: 12, ..block(1, fixed(1), 0) };
     for options in [&random, &causal] {
         assert_eq!(at(1, 1.0, options), at(1, 1.0, options));
         assert_ne!(at(1, 1.0, options).0, at(2, 1.0, options).0);
@@ -479,8 +482,8 @@ fn autoregressive_greedy_is_the_argmax_of_a_full_pass() {
         }
     }
     // Sampling among one token is greedy.
-    let limits = AutoregressiveOptions { top_k: Some(1), top_p: None };
-    let one = DecodeOptions { mode: Mode::Autoregressive(limits), temperature: 1.0, ..options };
+    let sampling = Sampling { top_k: Some(1), temperature: 1.0, ..Sampling::greedy() };
+    let one = DecodeOptions { sampling, ..options };
     assert_eq!(answer(&llama, &PROMPT, &one), got.token_ids);
 }
 
@@ -517,7 +520,7 @@ fn requests_that_do_not_fit_are_refused() {
         refused(&PROMPT, &long(246), "positions");
         refused(&PROMPT, &long(usize::MAX), "positions");
         for temperature in [-1.0, f32::NAN, f32::INFINITY] {
-            let options = DecodeOptions { temperature, ..options.clone() };
+            let options = drawn(options.clone(), 0, temperature);
             refused(&[1], &DecodeOptions { max_tokens: 8, ..options }, "temperature");
         }
     }
@@ -527,9 +530,17 @@ fn requests_that_do_not_fit_are_refused() {
     let nan = Schedule::Threshold(f32::NAN);
     refused(&PROMPT, &change(fine.clone(), |b| b.schedule = nan), "threshold");
     refused(&[], &DecodeOptions { max_tokens: 8, ..causal.clone() }, "empty");
-    for (top_k, top_p, word) in [(Some(0), None, "top_k"), (None, Some(0.0), "top_p")] {
-        let mode = Mode::Autoregressive(AutoregressiveOptions { top_k, top_p });
-        refused(&[1], &DecodeOptions { mode, max_tokens: 8, ..causal.clone() }, word);
+    for (top_k, top_p, repetition_penalty, word) in [
+        (Some(0), None, 1.0, "top_k"),
+        (None, Some(0.0), 1.0, "top_p"),
+        (None, None, 0.0, "repetition_penalty"),
+    ] {
+        let sampling = Sampling { top_k, top_p, repetition_penalty, ..Sampling::greedy() };
+        refused(&[1], &DecodeOptions { sampling, max_tokens: 8, ..causal.clone() }, word);
+    }
+    refused(&[1], &DecodeOptions { eos_ids: vec![3; 17], ..fine.clone() }, "stop tokens");
+    for schedule in [Schedule::Factor(f32::NAN), Schedule::EntropyBound(f32::NAN)] {
+        refused(&PROMPT, &change(fine.clone(), |b| b.schedule = schedule), "not a number");
     }
     assert!(matches!(score(&llama, &[97]), Err(Error::Request(_))));
     assert!(matches!(score(&llama, &[1; 257]), Err(Error::Request(_))));

@@ -125,7 +125,7 @@ fn a_plan_tells_what_the_run_takes() {
 
 /// What weights, moments and the beginning of the recipe's first answer take.
 fn session_peak(gpu: &Gpu, recipe: &Recipe) -> u64 {
-    use demask_engine::decode::{DecodeOptions, start};
+    use demask_engine::decode::{DecodeOptions, Decoder, Request};
     use demask_trainer::optim::OptimizerState;
     gpu.reset_peak();
     let fresh = recipe.model.fresh.as_ref().unwrap();
@@ -134,8 +134,12 @@ fn session_peak(gpu: &Gpu, recipe: &Recipe) -> u64 {
     let _moments = OptimizerState::new(&model, &recipe.optimizer);
     let max_tokens = recipe.validation.sample_tokens;
     let options = DecodeOptions { max_tokens, ..DecodeOptions::autoregressive(&config) };
-    let mut session = start(&model, &[1; 8], &options).unwrap();
-    session.advance(&mut Vec::new()).unwrap();
+    let request = Request::answer(&config, &[1; 8], &options).unwrap();
+    let mut decoder = Decoder::for_one(&model, &request);
+    decoder.submit(request).unwrap();
+    // The first reads the prompt.
+    decoder.advance(&mut Vec::new()).unwrap();
+    decoder.advance(&mut Vec::new()).unwrap();
     gpu.memory().peak
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use demask_engine::autograd::without_recording;
-use demask_engine::decode::{self, DecodeOptions};
+use demask_engine::decode::{DecodeOptions, Decoder, Request};
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{Llama, LlamaConfig, Precision};
 
@@ -257,10 +257,12 @@ impl Rehearsal<'_> {
             // What is read back is no text; nothing should look like its end.
             let eos_ids = Vec::new();
             let options = DecodeOptions { max_tokens, eos_ids, ..options.clone() };
-            let mut session = decode::start(model, &prompt, &options)?;
+            let request = Request::answer(model.config(), &prompt, &options)?;
+            let mut decoder = Decoder::for_one(model, &request);
+            let id = decoder.submit(request)?;
             // All passes behind the first take what that one takes.
-            while session.finished().is_none() && session.counters().passes == 0 {
-                session.advance(&mut Vec::new())?;
+            while decoder.counters(id).is_none_or(|done| done.passes == 0) && !decoder.is_idle() {
+                decoder.advance(&mut Vec::new())?;
             }
         }
         self.note("measuring held-out text", &HashSet::new(), &HashSet::new());

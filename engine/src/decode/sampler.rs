@@ -1,7 +1,8 @@
-//! Choosing a token from one row of logits, on the host. Pure functions: a choice depends on the
-//! logits, the seed, the position and the pass, never on what was drawn before or on other rows.
-//! Not here: which positions are committed (`block.rs`).
+//! Choosing a token from one row of logits, on the host: what `canvas.rs` does on the device is held to this. Pure
+//! functions: a choice depends on the logits, the seed, the position and the pass, never on what was drawn before or on
+//! other rows. Not here: which positions are committed.
 
+use super::Sampling;
 use crate::philox::philox4x32;
 
 /// No Gumbel draw is larger: the smallest of 2³² probabilities gives 33 ln 2 = 22.87.
@@ -14,20 +15,16 @@ enum Stream {
     Order = 1,
 }
 
-/// How to choose a token.
+/// Chooses tokens of one sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampler {
-    /// 0 takes the largest logit; T > 0 samples from softmax(logits / T).
-    pub temperature: f32,
-    /// Names the random draws; unused at temperature 0.
-    pub seed: u64,
-    /// Samples among this many largest logits only; unused at temperature 0.
-    pub top_k: Option<usize>,
-    /// Samples among the fewest tokens that together have this probability, after temperature and
-    /// `top_k`; unused at temperature 0.
-    pub top_p: Option<f32>,
-    /// A token that is never chosen. It keeps its share of the confidence's denominator.
-    pub forbidden: Option<u32>,
+    /// How a token is drawn.
+    pub sampling: Sampling,
+    /// The token of an open position, which is never chosen. It keeps its share of the confidence's denominator, as
+    /// forbidden tokens do.
+    pub hole: Option<u32>,
+    /// What the repetition penalty counts as seen.
+    pub text: Vec<u32>,
 }
 
 /// A chosen token.
@@ -35,38 +32,70 @@ pub struct Sampler {
 pub struct Choice {
     /// Its id.
     pub token: u32,
-    /// Its probability under softmax of the raw logits, whatever the temperature.
+    /// Its probability under softmax of the raw logits, whatever is asked of the choice.
     pub confidence: f32,
+    /// The probability of the likeliest token less that of the second.
+    pub margin: f32,
+    /// Of the raw distribution, in nats.
+    pub entropy: f32,
 }
 
 impl Sampler {
-    /// The token with the largest logit, the lowest id among equals.
-    pub fn greedy() -> Self {
-        Sampler { temperature: 0.0, seed: 0, top_k: None, top_p: None, forbidden: None }
+    /// Nothing but how a token is drawn.
+    pub fn new(sampling: Sampling) -> Self {
+        Sampler { sampling, hole: None, text: Vec::new() }
     }
 
     /// Chooses from `logits`, `[V]`, for a position in a pass. `None` if the logits are no
-    /// distribution: empty, NaN, infinite, or nothing is left beside the forbidden token.
+    /// distribution: empty, NaN, infinite, or nothing is left beside the forbidden tokens.
     pub fn choose(&self, logits: &[f32], position: usize, pass: usize) -> Option<Choice> {
-        let best = argmax(logits, self.forbidden)?;
-        let token = if self.temperature > 0.0 {
+        let weighed: Vec<f32> = logits
+            .iter()
+            .enumerate()
+            .map(|(id, &logit)| self.penalised(id as u32, logit))
+            .collect();
+        let allowed = |id: &usize| {
+            let id = *id as u32;
+            self.hole != Some(id) && !self.sampling.forbidden.contains(&id)
+        };
+        let best = argmax(&weighed, allowed)?;
+        let Sampling { temperature, top_k, top_p, .. } = self.sampling;
+        let token = if temperature > 0.0 {
             let noisy = |token: usize| {
                 let word = self.word(Stream::Token, token as u32, position, pass);
-                logits[token] + self.temperature * gumbel(word)
+                weighed[token] + temperature * gumbel(word)
             };
-            if self.top_k.is_some() || self.top_p.is_some() {
-                let kept = self.kept(logits);
-                self.gumbel_max(logits, best, kept.into_iter(), noisy)
+            let all = (0..logits.len()).filter(allowed);
+            if top_k.is_some() || top_p.is_some() {
+                self.gumbel_max(
+                    &weighed,
+                    best,
+                    self.kept(&weighed, all.collect()).into_iter(),
+                    noisy,
+                )
             } else {
-                let all = 0..logits.len();
-                let allowed = all.filter(|&i| self.forbidden != Some(i as u32));
-                self.gumbel_max(logits, best, allowed, noisy)
+                self.gumbel_max(&weighed, best, all, noisy)
             }
         } else {
             best
         };
-        let confidence = (logits[token] - log_sum_exp(logits)).exp();
-        confidence.is_finite().then_some(Choice { token: token as u32, confidence })
+        let total = log_sum_exp(logits);
+        let mut sorted: Vec<f64> = logits.iter().map(|&x| f64::from(x - total).exp()).collect();
+        let entropy = sorted.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum::<f64>() as f32;
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let margin = (sorted[0] - sorted.get(1).copied().unwrap_or(0.0)) as f32;
+        let confidence = (logits[token] - total).exp();
+        let choice = Choice { token: token as u32, confidence, margin, entropy };
+        confidence.is_finite().then_some(choice)
+    }
+
+    fn penalised(&self, id: u32, logit: f32) -> f32 {
+        let penalty = self.sampling.repetition_penalty;
+        match self.text.contains(&id) && penalty != 1.0 {
+            true if logit > 0.0 => logit / penalty,
+            true => logit * penalty,
+            false => logit,
+        }
     }
 
     /// Uniform in [0, 1): the place of a position in a random order of commits.
@@ -75,7 +104,7 @@ impl Sampler {
     }
 
     fn word(&self, stream: Stream, token: u32, position: usize, pass: usize) -> u32 {
-        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        let key = [self.sampling.seed as u32, (self.sampling.seed >> 32) as u32];
         philox4x32([token, position as u32, pass as u32, stream as u32], key)[0]
     }
 
@@ -90,7 +119,7 @@ impl Sampler {
     ) -> usize {
         let (mut best, mut top) = (best, noisy(best));
         for token in among {
-            if logits[token] + self.temperature * LARGEST_GUMBEL < top {
+            if logits[token] + self.sampling.temperature * LARGEST_GUMBEL < top {
                 continue;
             }
             let value = noisy(token);
@@ -101,25 +130,21 @@ impl Sampler {
         best
     }
 
-    /// The tokens that `top_k` and `top_p` leave; the largest logit is always among them.
-    fn kept(&self, logits: &[f32]) -> Vec<usize> {
-        let all = 0..logits.len();
-        let mut kept: Vec<usize> = all.filter(|&i| self.forbidden != Some(i as u32)).collect();
-        let falling = |&a: &usize, &b: &usize| logits[b].total_cmp(&logits[a]).then(a.cmp(&b));
-        let k = self.top_k.unwrap_or(kept.len()).max(1);
-        if k < kept.len() {
-            kept.select_nth_unstable_by(k - 1, falling);
-            kept.truncate(k);
+    /// The tokens that `top_k` and `top_p` leave, and those that tie with the last of them.
+    fn kept(&self, logits: &[f32], mut kept: Vec<usize>) -> Vec<usize> {
+        kept.sort_unstable_by(|&a: &usize, &b: &usize| logits[b].total_cmp(&logits[a]));
+        let cut = |kept: &mut Vec<usize>, n: usize| {
+            if let Some(last) = kept.get(n.max(1) - 1).map(|&i| logits[i]) {
+                kept.retain(|&i| logits[i] >= last);
+            }
+        };
+        if let Some(k) = self.sampling.top_k {
+            cut(&mut kept, k);
         }
-        let Some(p) = self.top_p.map(f64::from).filter(|&p| p < 1.0) else { return kept };
-        let top = kept.iter().map(|&i| logits[i]).fold(f32::NEG_INFINITY, f32::max);
-        let weight = |i: usize| f64::from((logits[i] - top) / self.temperature).exp();
+        let Some(p) = self.sampling.top_p.map(f64::from).filter(|&p| p < 1.0) else { return kept };
+        let top = kept.first().map_or(0.0, |&i| logits[i]);
+        let weight = |i: usize| f64::from((logits[i] - top) / self.sampling.temperature).exp();
         let total: f64 = kept.iter().map(|&i| weight(i)).sum();
-        // Tokens this unlikely sum to less than the tail that is cut anyway; sorting the others is
-        // far cheaper than sorting the vocabulary.
-        let floor = 0.5 * (1.0 - p) * total / kept.len() as f64;
-        kept.retain(|&i| weight(i) >= floor);
-        kept.sort_unstable_by(falling);
         let mut sum = 0.0;
         let open = |&&i: &&usize| {
             let open = sum < p * total;
@@ -127,17 +152,17 @@ impl Sampler {
             open
         };
         let n = kept.iter().take_while(open).count();
-        kept.truncate(n.max(1));
+        cut(&mut kept, n);
         kept
     }
 }
 
-/// Index of the largest value, the lowest among equals; `forbidden` does not compete, NaN loses.
-fn argmax(values: &[f32], forbidden: Option<u32>) -> Option<usize> {
+/// Index of the largest value, the lowest among equals; NaN loses.
+fn argmax(values: &[f32], allowed: impl Fn(&usize) -> bool) -> Option<usize> {
     let mut best = None;
     for (i, &value) in values.iter().enumerate() {
         let wins = best.is_none_or(|b: usize| value > values[b] || values[b].is_nan());
-        if wins && forbidden != Some(i as u32) {
+        if wins && allowed(&i) {
             best = Some(i);
         }
     }
@@ -163,7 +188,13 @@ mod tests {
     use super::*;
 
     fn sampler(temperature: f32) -> Sampler {
-        Sampler { temperature, seed: 3, ..Sampler::greedy() }
+        Sampler::new(Sampling { temperature, seed: 3, ..Sampling::greedy() })
+    }
+
+    fn with(temperature: f32, change: impl FnOnce(&mut Sampling)) -> Sampler {
+        let mut sampler = sampler(temperature);
+        change(&mut sampler.sampling);
+        sampler
     }
 
     /// How often each token is chosen over many positions.
@@ -194,7 +225,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
         let logits = [0.0, 3.0, -1.0, 3.0];
-        let choice = Sampler::greedy().choose(&logits, 0, 0).expect("finite logits");
+        let choice = Sampler::new(Sampling::greedy()).choose(&logits, 0, 0).expect("finite logits");
         assert_eq!(choice.token, 1);
         let want = softmax(&logits, 1.0)[1];
         assert!((f64::from(choice.confidence) - want).abs() < 1e-6);
@@ -208,9 +239,12 @@ mod tests {
             assert!((f64::from(choice.confidence) - want).abs() < 1e-6);
         }
         let large = [3e38, -3e38, 1e5];
-        assert_eq!(Sampler::greedy().choose(&large, 0, 0).map(|c| c.confidence), Some(1.0));
+        assert_eq!(
+            Sampler::new(Sampling::greedy()).choose(&large, 0, 0).map(|c| c.confidence),
+            Some(1.0)
+        );
         let flat = vec![-7.25; 155_136];
-        let choice = Sampler::greedy().choose(&flat, 0, 0).expect("finite logits");
+        let choice = Sampler::new(Sampling::greedy()).choose(&flat, 0, 0).expect("finite logits");
         assert!((choice.confidence * 155_136.0 - 1.0).abs() < 1e-4, "{choice:?}");
     }
 
@@ -231,51 +265,66 @@ mod tests {
                 |i: usize| logits[i] + 0.9 * gumbel(s.word(Stream::Token, i as u32, position, 2));
             let all: Vec<f32> = (0..logits.len()).map(noisy).collect();
             let got = s.choose(&logits, position, 2).map(|c| c.token as usize);
-            assert_eq!(got, argmax(&all, None));
+            assert_eq!(got, argmax(&all, |_| true));
         }
     }
 
     #[test]
     fn top_k_and_top_p_renormalise() {
-        let two = Sampler { top_k: Some(2), ..sampler(1.0) };
+        let kept = |s: &Sampler, logits: &[f32]| s.kept(logits, (0..logits.len()).collect());
+        let two = with(1.0, |s| s.top_k = Some(2));
         let e = 1f64.exp();
         let want = [1.0 / (1.0 + e), 0.0, e / (1.0 + e), 0.0, 0.0];
         assert_close(&frequencies(&two, &LOGITS, 20_000), &want);
         // The two best tokens have probability 0.628 + 0.231 = 0.859.
         for (p, n) in [(0.6, 1), (0.7, 2), (0.85, 2), (0.87, 3), (1.0, 5)] {
-            let s = Sampler { top_p: Some(p), ..sampler(1.0) };
-            assert_eq!(s.kept(&LOGITS).len(), n, "top_p {p}");
+            assert_eq!(kept(&with(1.0, |s| s.top_p = Some(p)), &LOGITS).len(), n, "top_p {p}");
         }
         // Temperature comes first: hotter is flatter.
-        let hot = Sampler { top_p: Some(0.7), ..sampler(100.0) };
-        assert_eq!(hot.kept(&LOGITS).len(), 4);
-        for p in [0.0, 1e-30] {
-            let s = Sampler { top_p: Some(p), top_k: Some(0), ..sampler(1.0) };
-            assert_eq!(s.kept(&LOGITS), [2]);
-        }
-        let flat = Sampler { top_p: Some(1e-9), ..sampler(1.0) };
-        assert_eq!(flat.kept(&[0.5; 1000]), [0]);
+        assert_eq!(kept(&with(100.0, |s| s.top_p = Some(0.7)), &LOGITS).len(), 4);
+        assert_eq!(kept(&with(1.0, |s| s.top_p = Some(1e-30)), &LOGITS), [2]);
+        // What ties with the last stays.
+        assert_eq!(kept(&with(1.0, |s| s.top_p = Some(1e-9)), &[0.5; 10]).len(), 10);
+        assert_eq!(kept(&with(1.0, |s| s.top_k = Some(2)), &[1.0, 0.0, 0.0, -1.0]).len(), 3);
     }
 
     #[test]
     fn the_forbidden_token_is_never_chosen() {
-        let s = Sampler { forbidden: Some(2), ..sampler(1.0) };
+        let s = Sampler { hole: Some(2), ..sampler(1.0) };
         let got = frequencies(&s, &LOGITS, 20_000);
         let others: f64 = 1.0 - softmax(&LOGITS, 1.0)[2];
         let mut want: Vec<f64> = softmax(&LOGITS, 1.0).iter().map(|p| p / others).collect();
         want[2] = 0.0;
         assert_close(&got, &want);
-        let greedy = Sampler { forbidden: Some(2), ..Sampler::greedy() };
-        assert_eq!(greedy.choose(&LOGITS, 0, 0).map(|c| c.token), Some(0));
-        let limited = Sampler { top_k: Some(1), ..s };
-        assert_eq!(limited.choose(&LOGITS, 0, 0).map(|c| c.token), Some(0));
+        let limited = with(1.0, |s| (s.top_k, s.forbidden) = (Some(1), vec![2]));
+        for s in [with(0.0, |s| s.forbidden = vec![2]), limited] {
+            assert_eq!(s.choose(&LOGITS, 0, 0).map(|c| c.token), Some(0));
+        }
+    }
+
+    #[test]
+    fn what_was_said_is_less_likely() {
+        let mut s = with(0.0, |s| s.repetition_penalty = 3.0);
+        s.text = vec![2, 3, 4];
+        // 2 / 3 is less than 1, and −3 · 3 than −3.
+        assert_eq!(s.choose(&LOGITS, 0, 0).map(|c| c.token), Some(0));
+        assert_eq!((s.penalised(4, -3.0), s.penalised(1, -0.5)), (-9.0, -0.5));
+    }
+
+    #[test]
+    fn margin_and_entropy_are_of_the_raw_logits() {
+        let choice = with(1.0, |s| s.top_k = Some(1)).choose(&[0.0, 0.0, 3f32.ln()], 0, 0);
+        let choice = choice.expect("finite logits");
+        assert!((choice.margin - 0.4).abs() < 1e-6);
+        let want = 0.4 * 5f32.ln() + 0.6 * (5.0f32 / 3.0).ln();
+        assert!((choice.entropy - want).abs() < 1e-6, "{choice:?}");
     }
 
     #[test]
     fn draws_are_named_by_seed_position_and_pass() {
         let flat = [0.0; 4096];
         let token = |seed, position, pass| {
-            let s = Sampler { seed, ..sampler(1.0) };
+            let s = with(1.0, |s| s.seed = seed);
             s.choose(&flat, position, pass).map(|c| c.token)
         };
         assert_eq!(token(1, 2, 3), token(1, 2, 3));
@@ -295,7 +344,7 @@ mod tests {
 
     #[test]
     fn broken_logits_give_nothing() {
-        let greedy = Sampler::greedy();
+        let greedy = Sampler::new(Sampling::greedy());
         assert_eq!(greedy.choose(&[], 0, 0), None);
         assert_eq!(greedy.choose(&[f32::NAN; 3], 0, 0), None);
         assert_eq!(greedy.choose(&[0.0, f32::NAN, 1.0], 0, 0), None);

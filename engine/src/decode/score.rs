@@ -1,7 +1,8 @@
 //! How probable given tokens are under the causal model, and the usual summaries. Not a likelihood
 //! of the block-diffusion process, which has none in closed form.
 
-use super::{PREFILL_ROWS, check_ids};
+use super::PREFILL_ROWS;
+use super::options::check_ids;
 use crate::model::{KvCache, Llama};
 use crate::ops::{Mask, Supervision, linear_cross_entropy};
 use crate::tensor::Tensor;
@@ -15,7 +16,7 @@ use crate::{Error, Result};
 /// the vocabulary; a device fault.
 pub fn score(llama: &Llama, tokens: &[u32]) -> Result<Vec<Option<f32>>> {
     let config = llama.config();
-    check_ids(config, tokens)?;
+    check_ids(config.vocab_size, tokens)?;
     if tokens.len() > config.max_position_embeddings {
         return Err(Error::Request(format!(
             "{} tokens do not fit the model's {} positions; score them in pieces",

@@ -92,6 +92,7 @@ pub(crate) struct GpuInner {
     staging: RefCell<Vec<wgpu::Buffer>>,
     budget: Cell<u64>,
     choices: RefCell<HashMap<ClassKey, usize>>,
+    rows: Cell<Option<usize>>,
     fault: RefCell<Option<Error>>,
     /// Filled by wgpu's callbacks, which may come from any thread.
     reported: Arc<Mutex<Option<Reported>>>,
@@ -187,6 +188,7 @@ impl Gpu {
             stats: RefCell::default(),
             staging: RefCell::default(),
             choices: RefCell::default(),
+            rows: Cell::new(None),
             fault: RefCell::default(),
             reported,
         }))
@@ -212,6 +214,21 @@ impl Gpu {
     /// True if products may round their factors to f16; see [`GpuOptions::f16_products`].
     pub fn f16_products(&self) -> bool {
         self.0.options.f16_products
+    }
+
+    /// Chooses kernels within `work` as for products of so many rows, whatever they have: another kernel is another
+    /// order of sums, and a sequence's numbers should not depend on how many others run beside it. `None` leaves it to
+    /// the rows.
+    pub(crate) fn as_for_rows<R>(&self, rows: Option<usize>, work: impl FnOnce() -> R) -> R {
+        let before = self.0.rows.replace(rows);
+        let result = work();
+        self.0.rows.set(before);
+        result
+    }
+
+    /// See [`Gpu::as_for_rows`].
+    pub(crate) fn rows(&self) -> Option<usize> {
+        self.0.rows.get()
     }
 
     /// Which variant was chosen for a class; `None` leaves it to the op's own judgement.

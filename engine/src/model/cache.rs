@@ -1,20 +1,23 @@
 //! Keys and values of tokens that will not change any more, one pair of tensors a layer.
-//! Rows are written in place at absolute positions: writing a position again replaces it, so nothing needs
-//! to be dropped or truncated.
+//! Slots are written in place: writing one again replaces it, so nothing needs to be dropped or truncated. Which slot
+//! belongs to which position of which sequence is the caller's knowledge (`ops::Lane`).
+
+use std::ops::Range;
 
 use super::config::LlamaConfig;
 use crate::gpu::Gpu;
+use crate::ops;
 use crate::tensor::{DType, Tensor};
 
-/// A cache for one sequence.
+/// A cache of slots, one a token.
 pub struct KvCache {
-    /// Per layer: keys and values, f32 [1, capacity, G, H].
+    /// Per layer: keys and values, f32 [1, slots, G, H].
     layers: Vec<(Tensor, Tensor)>,
     capacity: usize,
 }
 
 impl KvCache {
-    /// Room for `capacity` positions.
+    /// Room for `capacity` tokens.
     pub fn new(gpu: &Gpu, config: &LlamaConfig, capacity: usize) -> KvCache {
         let shape = [1, capacity, config.num_key_value_heads, config.head_dim];
         let empty = || Tensor::empty(gpu, shape, DType::F32, "kv cache");
@@ -22,9 +25,21 @@ impl KvCache {
         KvCache { layers, capacity }
     }
 
-    /// Positions it has room for.
+    /// Slots.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Copies slots to others, from `to` on.
+    pub fn copy(&mut self, from: Range<usize>, to: usize) {
+        for tensor in self.layers.iter().flat_map(|(keys, values)| [keys, values]) {
+            let [_, _, heads, h] = **tensor.shape() else { unreachable!("four axes") };
+            let flat = tensor.reshape([self.capacity, heads * h]);
+            // WebGPU copies nothing within a buffer.
+            let part = ops::rows(&flat, from.start, from.len());
+            let (to, bytes) = ((4 * to * heads * h) as u64, (4 * part.numel()) as u64);
+            tensor.gpu().copy(part.buffer(), 0, tensor.buffer(), to, bytes);
+        }
     }
 
     /// One layer's whole keys and values, for the ops that write and read them.

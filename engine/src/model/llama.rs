@@ -20,8 +20,8 @@ use crate::Result;
 use crate::autograd::{checkpoint, without_recording};
 use crate::gpu::Gpu;
 use crate::ops::{
-    self, AttentionOptions, Mask, attention, embedding, linear, norm_linear, norm_swiglu, rms_norm,
-    rope, rope_into_cache, swiglu,
+    self, AttentionOptions, Lane, Lanes, Mask, attention, attention_cached, embedding, linear,
+    norm_linear, norm_swiglu, rms_norm, rope, rope_into_cache, swiglu,
 };
 use crate::tensor::Tensor;
 use crate::tensor::stored::encode;
@@ -66,13 +66,6 @@ pub struct Inputs {
     pub positions: Tensor,
     /// Who sees whom.
     pub attention: AttentionOptions,
-}
-
-/// Where a decoding step stands, for each of its layers.
-struct Step<'a> {
-    start: usize,
-    inv_freq: &'a Tensor,
-    options: AttentionOptions,
 }
 
 impl Llama {
@@ -269,35 +262,30 @@ impl Llama {
         rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
     }
 
-    /// Runs `tokens` at absolute positions `start`.. under `mask`, writes their keys and values into the cache
-    /// there, and attends to all rows up to them. Returns final-normed hidden states f32 [T, D].
+    /// Runs `tokens` as positions `start`.. of one sequence that lies in the cache from slot 0 on, under `mask`: see
+    /// [`Llama::pass`].
     ///
     /// # Panics
     /// If the cache has no room, or `mask` is the two-copy one.
     pub fn step(&self, tokens: &[u32], start: usize, mask: Mask, cache: &mut KvCache) -> Tensor {
-        let tokens = Tensor::from_u32(&self.gpu, tokens, [tokens.len()]);
-        self.step_on_device(&tokens, start, mask, cache)
+        let block = mask.block().expect("the two-copy mask is for training");
+        let rows = tokens.len();
+        let lane = Lane { rows, position: start, block, ..Lane::default() };
+        let tokens = Tensor::from_u32(&self.gpu, tokens, [rows]);
+        self.pass(&tokens, &Lanes::new(&self.gpu, &[lane]), cache)
     }
 
-    /// As [`Llama::step`], for tokens on the device: u32 [T] or [T, 1].
+    /// Runs tokens, u32 [R], by which sequences go on: writes their keys and values into the cache, and attends to what
+    /// the lanes say. Returns final-normed hidden states f32 [R, D].
     ///
     /// # Panics
-    /// If the cache has no room, or `mask` is the two-copy one.
-    pub fn step_on_device(
-        &self,
-        tokens: &Tensor,
-        start: usize,
-        mask: Mask,
-        cache: &mut KvCache,
-    ) -> Tensor {
-        assert!(!matches!(mask, Mask::TwoCopy(_)), "the two-copy mask is for training");
-        let t = tokens.numel();
-        let options = AttentionOptions { mask, spans: None, q_start: start, keys: Some(start + t) };
-        let step = Step { start, inv_freq: &self.inv_freq, options };
+    /// If the lanes have other rows, or reach past the cache.
+    pub fn pass(&self, tokens: &Tensor, lanes: &Lanes, cache: &mut KvCache) -> Tensor {
+        assert!(lanes.slots() <= cache.capacity(), "{lanes:?} reach past the cache");
         without_recording(|| {
-            let mut x = embedding(&tokens.reshape([t]), &self.embed.shards);
+            let mut x = embedding(tokens, &self.embed.shards);
             for (i, layer) in self.layers.iter().enumerate() {
-                x = layer.decode(&x, &step, cache.layer(i));
+                x = layer.decode(&x, lanes, &self.inv_freq, cache.layer(i));
             }
             rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
         })
@@ -383,8 +371,14 @@ impl Layer {
         self.down.onto(&x, &f)
     }
 
-    /// The same block in fewer dispatches, without gradients, on one sequence and its cache: x [T, D] → [T, D].
-    fn decode(&self, x: &Tensor, step: &Step<'_>, (keys, values): (&Tensor, &Tensor)) -> Tensor {
+    /// The same block in fewer dispatches, without gradients, on sequences and their cache: x [R, D] → [R, D].
+    fn decode(
+        &self,
+        x: &Tensor,
+        lanes: &Lanes,
+        inv_freq: &Tensor,
+        (keys, values): (&Tensor, &Tensor),
+    ) -> Tensor {
         let t = x.shape()[0];
         let norm = (&self.input_norm.shards[0], self.eps);
         let qkv = match [&self.q, &self.k, &self.v] {
@@ -394,8 +388,8 @@ impl Layer {
                 ops::beside(&adapted.map(|p| p.forward(&h)))
             }
         };
-        let q = rope_into_cache(&qkv, step.inv_freq, step.start, keys, values);
-        let a = attention(&q, keys, values, &step.options).reshape([t, self.heads * self.head_dim]);
+        let q = rope_into_cache(&qkv, lanes.places(), inv_freq, keys, values);
+        let a = attention_cached(&q, keys, values, lanes).reshape([t, self.heads * self.head_dim]);
         let x = self.o.onto(x, &a);
         let norm = (&self.post_norm.shards[0], self.eps);
         let f = match [&self.gate, &self.up] {

@@ -3,6 +3,7 @@
 //! Backward recomputes the weights p from the saved log-sum-exp; with dots = Σ_d dy ⊙ o:
 //!   ds = p ⊙ (dy·v − dots)    dq = Σ_k ds k / √H    dk = Σ_q ds q / √H    dv = Σ_q p dy
 //! q, o: [B, Tq, N, H]   k, v: [B, Tk, G, H]   N a multiple of G, query head n reads key head n / (N / G).
+//! Decoding (`attention_cached`) has rows of several sequences for q and slots of one cache for k and v.
 //! The mask is numbers (shaders/shared/mask.wgsl); tiles that it forbids whole are not visited.
 
 use bytemuck::{Pod, Zeroable};
@@ -61,16 +62,117 @@ pub struct AttentionOptions {
     /// [B, L, 2] u32: first and end position of each token's document, both nondecreasing; L is Tk, or half
     /// of it for the two-copy mask. `None` leaves documents mutually visible.
     pub spans: Option<Tensor>,
-    /// Position of the first query row, for queries that continue a cache (not with two-copy).
-    pub q_start: usize,
-    /// Rows of k and v that hold keys, for a cache with room to spare; `None` for all.
-    pub keys: Option<usize>,
 }
 
 impl AttentionOptions {
     /// Only a mask.
     pub fn new(mask: Mask) -> Self {
-        AttentionOptions { mask, spans: None, q_start: 0, keys: None }
+        AttentionOptions { mask, spans: None }
+    }
+}
+
+/// The rows by which one sequence of a cache goes on, and where its tokens lie there. The rows' own keys must be in
+/// the cache when they attend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lane {
+    /// Its first row among those of all sequences.
+    pub row: usize,
+    /// How many rows it has, at least 1.
+    pub rows: usize,
+    /// The first row's position.
+    pub position: usize,
+    /// Tokens in a block: a row sees its own block and the ones before it. 1 is the causal mask, 0 no mask.
+    pub block: usize,
+    /// Slot of the sequence's first token, and how many of its tokens lie from there on: a prefix that other sequences
+    /// may share.
+    pub prefix: (usize, usize),
+    /// Slot of the token behind the prefix.
+    pub slot: usize,
+}
+
+impl Lane {
+    /// Slot of the token at a position.
+    pub fn slot_of(&self, position: usize) -> usize {
+        let (first, n) = self.prefix;
+        if position < n { first + position } else { self.slot + position - n }
+    }
+
+    /// Position behind the last row.
+    pub fn end(&self) -> usize {
+        self.position + self.rows
+    }
+}
+
+/// The sequences of a forward pass over a cache, on the device.
+#[derive(Clone, Debug)]
+pub struct Lanes {
+    /// u32 [S, 8], as shaders/shared/mask.wgsl reads it.
+    table: Tensor,
+    /// u32 [R, 2]: position and slot of each row.
+    places: Tensor,
+    /// Rows of all sequences.
+    rows: usize,
+    /// Rows of the sequence with the most.
+    most_rows: usize,
+    /// Slots that are reached.
+    slots: usize,
+    /// Pieces of the keys that are worked on side by side. A fixed number, because another one is another order of
+    /// sums, and a sequence's numbers should not depend on its company.
+    splits: usize,
+}
+
+impl Lanes {
+    /// Uploads them. Their rows lie one behind the other.
+    ///
+    /// # Panics
+    /// If a lane has no rows, or the rows are not in order.
+    #[track_caller]
+    pub fn new(gpu: &Gpu, lanes: &[Lane]) -> Lanes {
+        let mut rows = 0;
+        let (mut table, mut places) = (Vec::new(), Vec::new());
+        for lane in lanes {
+            assert!(lane.rows > 0 && lane.row == rows, "lanes {lanes:?}");
+            rows += lane.rows;
+            places.extend(
+                (lane.position..lane.end()).flat_map(|at| [at as u32, lane.slot_of(at) as u32]),
+            );
+            let Lane { row, rows, position, block, prefix, slot } = *lane;
+            table.extend(
+                [row, rows, position, block, prefix.0, prefix.1, slot, 0].map(|n| n as u32),
+            );
+        }
+        let reached =
+            |lane: &Lane| (lane.prefix.0 + lane.prefix.1).max(lane.slot_of(lane.end() - 1) + 1);
+        Lanes {
+            table: Tensor::from_u32(gpu, &table, [lanes.len(), 8]),
+            places: Tensor::from_u32(gpu, &places, [rows, 2]),
+            rows,
+            most_rows: lanes.iter().map(|lane| lane.rows).max().unwrap_or(0),
+            slots: lanes.iter().map(reached).max().unwrap_or(0),
+            splits: if gpu.adapter().is_software() { 1 } else { 8 },
+        }
+    }
+
+    /// Position and slot of each row: u32 [R, 2].
+    pub fn places(&self) -> &Tensor {
+        &self.places
+    }
+
+    /// Slots that are reached.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+}
+
+impl Mask {
+    /// Tokens in a block, as a [`Lane`] has it; `None` for the two-copy mask.
+    pub fn block(self) -> Option<usize> {
+        match self {
+            Mask::Full => Some(0),
+            Mask::Causal => Some(1),
+            Mask::BlockCausal(block) => Some(block),
+            Mask::TwoCopy(_) => None,
+        }
     }
 }
 
@@ -80,17 +182,15 @@ struct Params {
     tq: u32,
     tk: u32,
     kv_heads: u32,
-    capacity: u32,
     mask: u32,
     block: u32,
     length: u32,
-    q_start: u32,
     scale: f32,
     rows: u32,
     splits: u32,
 }
 
-/// See the module's page. Gradients flow into q, k and v, unless the keys come from a cache.
+/// See the module's page. Gradients flow into q, k and v.
 ///
 /// # Panics
 /// If shapes do not fit, a head dimension is no multiple of 4 or above [`MOST_HEAD_DIM`], or a block length is zero.
@@ -100,6 +200,19 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions)
     let kernel = choose(q.gpu(), &call);
     let splits = call.splits(q.gpu(), kernel);
     attention_with(kernel, splits, call, q, k, v)
+}
+
+/// Attention of rows that continue sequences, over a cache that holds their keys and values: q, o: [1, R, N, H],
+/// k, v: [1, slots, G, H]. Not differentiable.
+///
+/// # Panics
+/// As [`attention`], and if the lanes' rows are not those of q or reach past the cache.
+#[track_caller]
+pub fn attention_cached(q: &Tensor, k: &Tensor, v: &Tensor, lanes: &Lanes) -> Tensor {
+    let call = Call::cached(q, k, v, lanes);
+    let kernel = choose(q.gpu(), &call);
+    let (o, _) = call.forward(kernel, lanes.splits, q, k, v);
+    o.record_none("attention_cached", &[q, k, v])
 }
 
 fn attention_with(
@@ -124,7 +237,8 @@ fn choose(gpu: &Gpu, call: &Call) -> AttentionKernel {
     let info = &gpu.adapter().info;
     let eights = gpu.has(wgpu::Features::SUBGROUP)
         && (info.subgroup_min_size, info.subgroup_max_size) == (8, 8);
-    let rows = call.params.tq as usize * call.shared as usize;
+    let tokens = gpu.rows().unwrap_or(call.tile_tokens as usize);
+    let rows = tokens * call.shared as usize;
     if eights && call.head_dim.is_multiple_of(8) && call.head_dim <= SUBGROUP8_HEAD_DIM {
         AttentionKernel::Subgroup8
     } else if rows <= FEW_ROWS && call.head_dim <= FEW_HEAD_DIM {
@@ -142,6 +256,10 @@ struct Call {
     /// Query heads that share a key head.
     shared: u32,
     spans: Option<Tensor>,
+    /// Whether the rows are those of sequences, told by `spans`.
+    cached: bool,
+    /// Query tokens that one batch entry, or one sequence, has at most.
+    tile_tokens: u32,
 }
 
 impl Call {
@@ -155,8 +273,7 @@ impl Call {
                 v.shape()
             )
         };
-        let (&[batch, tq, heads, h], &[kb, capacity, kv_heads, kh]) = (&**q.shape(), &**k.shape())
-        else {
+        let (&[batch, tq, heads, h], &[kb, tk, kv_heads, kh]) = (&**q.shape(), &**k.shape()) else {
             fail("q, k and v have four axes")
         };
         if k.shape() != v.shape() || (kb, kh) != (batch, h) {
@@ -165,7 +282,6 @@ impl Call {
         if kv_heads == 0 || heads % kv_heads != 0 || h % 4 != 0 || h > MOST_HEAD_DIM {
             fail("heads must be a multiple of key heads, head dimension a multiple of 4 up to 192");
         }
-        let tk = options.keys.unwrap_or(capacity);
         let (mask, block, length) = match options.mask {
             Mask::Full => (0, 1, tk),
             Mask::Causal => (1, 1, tk),
@@ -173,13 +289,10 @@ impl Call {
             Mask::TwoCopy(block) => (2, block, tk / 2),
         };
         let two_copy = mask == 2;
-        if block == 0
-            || tk > capacity
-            || (two_copy && (tq != tk || !tk.is_multiple_of(2) || options.q_start != 0))
-        {
+        if block == 0 || (two_copy && (tq != tk || !tk.is_multiple_of(2))) {
             fail("mask does not fit");
         }
-        if !two_copy && options.q_start + tq > tk && tq > 0 && mask == 1 {
+        if tq > tk && mask == 1 {
             fail("queries run past the keys");
         }
         if let Some(spans) = &options.spans
@@ -191,22 +304,36 @@ impl Call {
             tq: tq as u32,
             tk: tk as u32,
             kv_heads: kv_heads as u32,
-            capacity: capacity as u32,
             mask,
             block: block as u32,
             length: length as u32,
-            q_start: options.q_start as u32,
             scale: 1.0 / (h as f32).sqrt(),
             rows: (batch * tq * heads) as u32,
             splits: 1,
         };
         let shared = (heads / kv_heads) as u32;
-        Call { params, batch, head_dim: h, shared, spans: options.spans.clone() }
+        let spans = options.spans.clone();
+        Call { params, batch, head_dim: h, shared, spans, cached: false, tile_tokens: tq as u32 }
+    }
+
+    #[track_caller]
+    fn cached(q: &Tensor, k: &Tensor, v: &Tensor, lanes: &Lanes) -> Call {
+        let call = Call::new(q, k, v, &AttentionOptions::new(Mask::Full));
+        let [_, rows, ..] = **q.shape() else { unreachable!("four axes") };
+        let fits = call.batch == 1 && rows == lanes.rows && lanes.slots <= call.params.tk as usize;
+        assert!(fits, "attention_cached: q {}, k {}, {lanes:?}", q.shape(), k.shape());
+        Call {
+            batch: lanes.table.shape()[0],
+            spans: Some(lanes.table.clone()),
+            cached: true,
+            tile_tokens: lanes.most_rows as u32,
+            ..call
+        }
     }
 
     fn constants(&self) -> [(&'static str, u32); 3] {
-        let has_spans = u32::from(self.spans.is_some());
-        [("H", self.head_dim as u32), ("HAS_SPANS", has_spans), ("SHARED", self.shared)]
+        let spans = if self.cached { 2 } else { u32::from(self.spans.is_some()) };
+        [("H", self.head_dim as u32), ("SPANS", spans), ("SHARED", self.shared)]
     }
 
     /// Workgroups over tiles of so many rows; tiles do not cross the border of the two copies.
@@ -221,7 +348,7 @@ impl Call {
             AttentionKernel::Few => FEW_ROWS as u32,
             AttentionKernel::Subgroup8 => 32,
         };
-        self.grid(self.params.tq * self.shared, rows)
+        self.grid(self.tile_tokens * self.shared, rows)
     }
 
     /// Pieces of the keys that are worked on side by side: more than one where a few query rows would leave most of
@@ -283,7 +410,6 @@ impl Call {
         dy: &Tensor,
     ) -> (Tensor, Tensor, Tensor) {
         let p = &self.params;
-        assert_eq!(p.capacity, p.tk, "attention: a cache has no gradient");
         let dq = q.empty_like("attention_backward_q");
         let dk = k.empty_like("attention_backward_kv");
         let dv = v.empty_like("attention_backward_kv");
@@ -307,222 +433,6 @@ impl Call {
 }
 
 #[cfg(feature = "cases")]
-pub use cases::cases;
-
+mod cases;
 #[cfg(feature = "cases")]
-mod cases {
-    use super::*;
-    use crate::ops::case::{Case, Input, Tolerance};
-    use crate::tensor::host::Array;
-
-    /// The mask by brute force, straight from its definition.
-    pub fn allowed(mask: Mask, length: usize, q_start: usize, q: usize, k: usize) -> bool {
-        match mask {
-            Mask::Full => true,
-            Mask::Causal => q + q_start >= k,
-            Mask::BlockCausal(b) => (q + q_start) / b >= k / b,
-            Mask::TwoCopy(b) => {
-                let (bq, bk) = (q % length / b, k % length / b);
-                match (q < length, k < length) {
-                    (true, true) => bq == bk,
-                    (true, false) => bq > bk,
-                    (false, false) => bq >= bk,
-                    (false, true) => false,
-                }
-            }
-        }
-    }
-
-    fn reference(x: &[Array], mask: Mask, q_start: usize, spans: Option<&[u32]>) -> Array {
-        let rows = 0..x[0].data.len() / x[0].shape.last().max(1);
-        let out = rows.flat_map(|row| row_of(x, mask, q_start, spans, row)).collect();
-        Array::new(&x[0].shape, out)
-    }
-
-    /// One query head's output, [H].
-    fn row_of(
-        x: &[Array],
-        mask: Mask,
-        q_start: usize,
-        spans: Option<&[u32]>,
-        row: usize,
-    ) -> Vec<f64> {
-        let (q, k, v) = (&x[0], &x[1], &x[2]);
-        let &[_, tq, n, h] = &*q.shape else { panic!("four axes") };
-        let &[_, tk, g, _] = &*k.shape else { panic!("four axes") };
-        let length = if matches!(mask, Mask::TwoCopy(_)) { tk / 2 } else { tk };
-        let sees = |b: usize, i: usize, j: usize| {
-            let at = (i + q_start) % length.max(1);
-            let in_document = spans.is_none_or(|s| {
-                let s = &s[(b * length + at) * 2..][..2];
-                (s[0] as usize..s[1] as usize).contains(&(j % length))
-            });
-            in_document && allowed(mask, length, q_start, i, j)
-        };
-        let (b, i, head) = (row / (tq * n), row / n % tq, row % n);
-        let at = |j: usize| ((b * tk + j) * g + head / (n / g)) * h;
-        let keys: Vec<usize> = (0..tk).filter(|&j| sees(b, i, j)).collect();
-        let query = &q.data[row * h..][..h];
-        let dot = |j: usize| -> f64 {
-            query.iter().zip(&k.data[at(j)..][..h]).map(|(a, b)| a * b).sum::<f64>()
-        };
-        let scores: Vec<f64> = keys.iter().map(|&j| dot(j) / (h as f64).sqrt()).collect();
-        let top = scores.iter().copied().fold(f64::MIN, f64::max);
-        let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        let sum = |d: usize| {
-            let weighed = keys.iter().zip(&weights).map(|(&j, w)| w / total * v.data[at(j) + d]);
-            weighed.sum::<f64>()
-        };
-        (0..h).map(sum).collect()
-    }
-
-    /// Extents of one case: batch, query rows, key rows, heads, key heads, head dimension.
-    type Extents = [usize; 6];
-
-    fn case(mask: Mask, [b, tq, tk, n, g, h]: Extents, q_start: usize) -> Case {
-        let inputs = [[b, tq, n, h], [b, tk, g, h], [b, tk, g, h]];
-        Case::new(
-            format!("attention {mask:?} b{b} q{tq}+{q_start} k{tk} heads {n}/{g}x{h}"),
-            inputs.map(|s| Input::Normal(s.into())).to_vec(),
-            move |t| {
-                let options = AttentionOptions { q_start, ..AttentionOptions::new(mask) };
-                attention(&t[0], &t[1], &t[2], &options)
-            },
-            move |x| reference(x, mask, q_start, None),
-        )
-        // Outliers make scores of some hundreds, whose f32 rounding the exponential magnifies.
-        .tolerance(Tolerance { absolute: 1e-3, relative: 1e-3 })
-    }
-
-    fn documents(mask: Mask, lengths: &[u32], [b, tq, tk, n, g, h]: Extents) -> Case {
-        let mut row = Vec::new();
-        for &length in lengths {
-            let first = row.len() as u32 / 2;
-            row.extend((0..length).flat_map(|_| [first, first + length]));
-        }
-        let spans = row.repeat(b);
-        let base = row.len() / 2;
-        let values = spans.clone();
-        let inputs = [[b, tq, n, h], [b, tk, g, h], [b, tk, g, h]];
-        let mut inputs = inputs.map(|s| Input::Normal(s.into())).to_vec();
-        inputs.push(Input::Integers([b, base, 2].into(), values));
-        Case::new(
-            format!("attention {mask:?} documents {lengths:?} b{b} heads {n}/{g}x{h}"),
-            inputs,
-            move |t| {
-                let options =
-                    AttentionOptions { spans: Some(t[3].clone()), ..AttentionOptions::new(mask) };
-                attention(&t[0], &t[1], &t[2], &options)
-            },
-            move |x| reference(x, mask, 0, Some(&spans)),
-        )
-        .tolerance(Tolerance { absolute: 1e-3, relative: 1e-3 })
-    }
-
-    /// The same call forced through one kernel, with its keys in so many pieces.
-    fn forced(
-        kernel: AttentionKernel,
-        splits: usize,
-        mask: Mask,
-        extents: Extents,
-        q_start: usize,
-    ) -> Case {
-        let plain = case(mask, extents, q_start);
-        Case {
-            name: format!("{} by {kernel:?} in {splits}", plain.name),
-            run: Box::new(move |t| {
-                let options = AttentionOptions { q_start, ..AttentionOptions::new(mask) };
-                let call = Call::new(&t[0], &t[1], &t[2], &options);
-                attention_with(kernel, splits, call, &t[0], &t[1], &t[2])
-            }),
-            ..plain
-        }
-        .needs(move |gpu| kernel != AttentionKernel::Subgroup8 || gpu.has_subgroups_of(8))
-    }
-
-    /// A bench: pairs of a query and a key that it sees, times the heads, cost 4 H operations each.
-    fn bench(mask: Mask, [b, tq, tk, n, g, h]: Extents, q_start: usize) -> Case {
-        let pairs = match mask {
-            Mask::Full => tq * tk,
-            Mask::Causal => (0..tq).map(|q| q + q_start + 1).sum(),
-            Mask::BlockCausal(k) => (0..tq).map(|q| ((q + q_start) / k + 1) * k).sum(),
-            // Rows q of both copies together: the block before, itself, and its own noisy block.
-            Mask::TwoCopy(k) => (0..tk / 2).map(|q| 2 * (q / k * k) + 2 * k).sum(),
-        };
-        let flops = 4.0 * (b * pairs * n * h) as f64;
-        let bytes = 4.0 * (b * (2 * tq * n + 2 * tk * g) * h) as f64;
-        let mut case = case(mask, [b, tq, tk, n, g, h], q_start).cost(flops, bytes);
-        if tq == tk && tq <= 512 {
-            // Five products instead of two; o and its cotangent besides, and three gradients.
-            case = case.derivative(2.5 * flops, 2.0 * bytes + 4.0 * (b * tq * n * h) as f64);
-        }
-        case.sampled(move |x, at| {
-            at.iter().map(|&i| row_of(x, mask, q_start, None, i / h)[i % h]).collect()
-        })
-    }
-
-    /// Attention's cases.
-    pub fn cases() -> Vec<Case> {
-        use AttentionKernel::{Few, Subgroup8, Tile};
-        use Mask::{BlockCausal, Causal, Full, TwoCopy};
-        let mut cases = vec![
-            case(Full, [1, 1, 1, 1, 1, 4], 0),
-            case(Full, [2, 5, 70, 2, 1, 8], 0),
-            case(Full, [1, 0, 3, 1, 1, 4], 0),
-            case(Causal, [2, 19, 19, 4, 2, 8], 0),
-            case(Causal, [1, 131, 131, 1, 1, 4], 0),
-            case(Causal, [1, 11, 11, 3, 3, 4], 0),
-            case(BlockCausal(4), [1, 8, 77, 2, 1, 8], 69),
-            case(BlockCausal(4), [1, 18, 18, 2, 1, 8], 0),
-            documents(Causal, &[3, 9, 1, 7], [2, 20, 20, 2, 1, 8]),
-            documents(BlockCausal(4), &[4, 12, 4], [1, 20, 20, 2, 1, 8]),
-            documents(TwoCopy(4), &[4, 8, 12], [2, 48, 48, 2, 1, 8]),
-            documents(TwoCopy(4), &[5, 6, 13], [1, 48, 48, 2, 1, 8]),
-            documents(TwoCopy(2), &[70, 10], [1, 160, 160, 1, 1, 4]),
-        ];
-        for block in [1, 2, 4, 8, 32] {
-            cases.push(case(TwoCopy(block), [1, 74, 74, 2, 1, 8], 0));
-        }
-        // Few combinations of head dimension and shared heads: each is compiled anew, which takes the driver seconds.
-        for (kernel, h) in [(Tile, 136), (Subgroup8, 72)] {
-            cases.push(forced(kernel, 1, Causal, [2, 71, 71, 4, 2, 8], 0));
-            cases.push(forced(kernel, 1, BlockCausal(4), [1, 37, 37, 4, 2, h], 0));
-            cases.push(forced(kernel, 1, TwoCopy(4), [1, 140, 140, 2, 1, 8], 0));
-            cases.push(forced(kernel, 1, TwoCopy(4), [1, 24, 24, 2, 1, h], 0));
-            cases.push(forced(kernel, 3, BlockCausal(4), [2, 24, 150, 2, 1, 8], 126));
-        }
-        for kernel in [Tile, Few, Subgroup8] {
-            cases.push(forced(kernel, 4, BlockCausal(4), [1, 4, 280, 2, 1, 8], 276));
-            // More pieces than tiles of keys: some are empty.
-            cases.push(forced(kernel, 5, Causal, [2, 5, 70, 4, 2, 8], 65));
-        }
-        cases.push(forced(Few, 1, Full, [1, 6, 70, 4, 2, 72], 0));
-        // A training sequence, a block-diffusion pass over it, a decode step of one block, and a short sequence.
-        for (mask, tq, tk) in [
-            (Causal, 512, 512),
-            (TwoCopy(4), 1024, 1024),
-            (BlockCausal(4), 4, 512),
-            (Causal, 192, 192),
-        ] {
-            cases.push(bench(mask, [1, tq, tk, 9, 3, 64], tk - tq));
-        }
-        // What the two-copy pass costs beside a causal one over the same sequence, where both are long.
-        cases.push(bench(Causal, [1, 8192, 8192, 8, 2, 64], 0));
-        cases.push(bench(TwoCopy(4), [1, 16_384, 16_384, 8, 2, 64], 0));
-        for h in [64, 128] {
-            let mut more = Vec::new();
-            for t in [512, 1024, 2048, 4096] {
-                more.push(bench(Causal, [1, t, t, 8, 2, h], 0));
-                more.push(bench(TwoCopy(4), [1, t, t, 8, 2, h], 0));
-            }
-            for rows in [4, 16] {
-                more.push(bench(BlockCausal(rows), [1, rows, 4096, 8, 2, h], 4096 - rows));
-            }
-            let compiled_anew = h > 64;
-            let quick = |case: Case| if compiled_anew { case.full_only() } else { case };
-            cases.extend(more.into_iter().map(quick));
-        }
-        cases
-    }
-}
+pub use cases::cases;

@@ -109,7 +109,8 @@ fn linear_cross_entropy_in_chunks(
     CrossEntropy { loss, per_row }
 }
 
-fn gather(x: &Tensor, rows: &Tensor, d: usize) -> Tensor {
+/// Rows of x: [T, D] by number, u32 [R]: [R, D].
+pub(crate) fn gather(x: &Tensor, rows: &Tensor, d: usize) -> Tensor {
     let y = Tensor::empty(x.gpu(), [rows.numel(), d], DType::F32, "gather_rows");
     let (pieces, wide) = pieces(d);
     let params = RowParams { rows: rows.numel() as u32, pieces: pieces as u32 };

@@ -18,7 +18,10 @@ mod swiglu;
 #[cfg(feature = "cases")]
 pub mod case;
 
-pub use attention::{AttentionKernel, AttentionOptions, MOST_HEAD_DIM, Mask, attention};
+pub use attention::{
+    AttentionKernel, AttentionOptions, Lane, Lanes, MOST_HEAD_DIM, Mask, attention,
+    attention_cached,
+};
 #[cfg(feature = "cases")]
 pub use elementwise::elementwise_kernels;
 pub use elementwise::{
@@ -27,6 +30,7 @@ pub use elementwise::{
 };
 pub use embedding::embedding;
 pub use linear::{beside, linear, linear_onto, rows};
+pub(crate) use linear_cross_entropy::gather;
 pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
 pub use matmul::{Layout, MatmulKernel, Product, matmul};
 pub use norm_linear::{norm_linear, norm_swiglu};

@@ -30,7 +30,6 @@ struct CacheParams {
     heads: u32,
     kv_heads: u32,
     half: u32,
-    start: u32,
 }
 
 /// Rotates each head of `x` by its token's position. Angles (position · inv_freq) up to 100 000 are exact to a
@@ -72,23 +71,24 @@ fn rotate(x: &Tensor, positions: &Tensor, inv_freq: &Tensor, sign: f32) -> Tenso
 }
 
 /// A decoding step's rotation and cache write in one: `x` holds each token's N queries, G keys and G values. Returns
-/// the queries rotated, [1, T, N, H], and writes keys rotated and values as they are into `keys` and `values` from row
-/// `start` on, which is the position of token 0. Has no derivative.
+/// the queries rotated, [1, T, N, H], and writes keys rotated and values as they are into `keys` and `values`. Each
+/// token's position and slot of the cache are in `places`, and the caller sees to it that there are such slots. Has no
+/// derivative.
 ///
 /// # Panics
-/// If shapes or types do not fit, or the cache has no room. x: [T, (N + 2 G) H], inv_freq: [H / 2], keys, values:
-/// [1, capacity, G, H].
+/// If shapes or types do not fit. x: [T, (N + 2 G) H], places: u32 [T, 2], inv_freq: [H / 2], keys, values:
+/// [1, slots, G, H].
 #[track_caller]
 pub fn rope_into_cache(
     x: &Tensor,
+    places: &Tensor,
     inv_freq: &Tensor,
-    start: usize,
     keys: &Tensor,
     values: &Tensor,
 ) -> Tensor {
     let all = [x, inv_freq, keys, values];
     let heads = match (&**x.shape(), &**keys.shape()) {
-        (&[t, row], &[1, capacity, g, h]) if h > 0 && row % h == 0 && start + t <= capacity => {
+        (&[t, row], &[1, _, g, h]) if h > 0 && row % h == 0 && **places.shape() == [t, 2] => {
             (row / h).checked_sub(2 * g)
         }
         _ => None,
@@ -96,9 +96,10 @@ pub fn rope_into_cache(
     let fits = keys.shape() == values.shape()
         && keys.shape().last().is_multiple_of(2)
         && **inv_freq.shape() == [keys.shape().last() / 2]
+        && places.dtype() == DType::U32
         && all.iter().all(|t| t.dtype() == DType::F32);
     let Some(heads) = heads.filter(|_| fits) else {
-        panic!("rope_into_cache at {start}: {all:?} do not fit, or the cache is full");
+        panic!("rope_into_cache: {all:?} and places {} do not fit", places.shape());
     };
     let [tokens, kv_heads, h] = [x.shape()[0], keys.shape()[2], keys.shape()[3]];
     let params = CacheParams {
@@ -106,11 +107,10 @@ pub fn rope_into_cache(
         heads: heads as u32,
         kv_heads: kv_heads as u32,
         half: (h / 2) as u32,
-        start: start as u32,
     };
     let pairs = tokens * (heads + 2 * kv_heads) * (h / 2);
     let y = Tensor::empty(x.gpu(), [1, tokens, heads, h], DType::F32, "rope_into_cache");
-    ROPE_CACHE.run(&params, &[x, inv_freq], &[&y, keys, values], fold(pairs.div_ceil(256)));
+    ROPE_CACHE.run(&params, &[x, inv_freq, places], &[&y, keys, values], fold(pairs.div_ceil(256)));
     y.record_none("rope_into_cache", &[x])
 }
 
@@ -161,7 +161,8 @@ mod cases {
         )
     }
 
-    /// One of the three results (queries, the keys, the values of a cache of zeros) of the fused op.
+    /// One of the three results (queries, the keys, the values of a cache of zeros) of the fused op. Tokens lie in
+    /// every other slot, backwards.
     fn cached(
         which: usize,
         t: usize,
@@ -170,7 +171,8 @@ mod cases {
         h: usize,
         start: usize,
     ) -> Case {
-        let capacity = start + t + 2;
+        let slots = 2 * t + 2;
+        let slot_of = move |token: usize| 2 * (t - token);
         let result = ["queries", "keys", "values"][which];
         let row = (heads + 2 * kv_heads) * h;
         Case::new(
@@ -178,10 +180,12 @@ mod cases {
             vec![Input::Normal([t, row].into())],
             move |x| {
                 let gpu = x[0].gpu();
-                let empty = || Tensor::zeros(gpu, [1, capacity, kv_heads, h], DType::F32, "cache");
+                let empty = || Tensor::zeros(gpu, [1, slots, kv_heads, h], DType::F32, "cache");
                 let (keys, values) = (empty(), empty());
                 let inv_freq = Tensor::from_f32(gpu, &frequencies(h / 2), [h / 2]);
-                let q = rope_into_cache(&x[0].detach(), &inv_freq, start, &keys, &values);
+                let places = (0..t).flat_map(|i| [(start + i) as u32, slot_of(i) as u32]);
+                let places = Tensor::from_u32(gpu, &places.collect::<Vec<_>>(), [t, 2]);
+                let q = rope_into_cache(&x[0].detach(), &places, &inv_freq, &keys, &values);
                 [q, keys, values][which].clone()
             },
             move |x| {
@@ -198,8 +202,10 @@ mod cases {
                 if which == 0 {
                     return rows;
                 }
-                let row_of = |i: usize| i.checked_sub(start * n).and_then(|i| rows.data.get(i));
-                Array::from_fn([1, capacity, kv_heads, h], |i| row_of(i).copied().unwrap_or(0.0))
+                let token_at = |slot: usize| (0..t).find(|&token| slot_of(token) == slot);
+                let value =
+                    |i: usize| token_at(i / n).map_or(0.0, |token| rows.data[token * n + i % n]);
+                Array::from_fn([1, slots, kv_heads, h], value)
             },
         )
     }
