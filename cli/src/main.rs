@@ -7,6 +7,7 @@
 
 mod args;
 mod bench;
+mod convert;
 mod data;
 mod demo;
 mod doctor;
@@ -37,6 +38,7 @@ First steps:
   demask train recipe.toml --out runs/first
   demask report runs/first
   demask merge base --lora runs/lora/model --out merged
+  demask convert merged model.gguf --type q4_k
   demask bench run --json base.json
 
 The best GPU found is used; --adapter or the environment variable DEMASK_ADAPTER
@@ -62,6 +64,7 @@ enum Command {
     Train(train::Args),
     Report(report::Args),
     Merge(merge::Args),
+    Convert(convert::Args),
     Generate(generate::Args),
     Score(score::Args),
     Bench(bench::Args),
@@ -90,6 +93,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(args),
         Command::Report(args) => report::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Bench(args) => bench::run(args),

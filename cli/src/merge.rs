@@ -7,7 +7,6 @@ use anyhow::Result;
 use clap::ValueEnum;
 use demask_engine::model::merge::{average, merge, written_type};
 use demask_engine::model::{Lora, StoredType};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::args::Output;
@@ -65,13 +64,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Some(TypeArg::F16) => StoredType::F16,
         Some(TypeArg::Bf16) => StoredType::BF16,
     };
-    let target = match args.output.notices().animated() {
-        true => ProgressDrawTarget::stderr(),
-        false => ProgressDrawTarget::hidden(),
-    };
-    let bar = ProgressBar::with_draw_target(Some(1000), target);
-    let style = ProgressStyle::with_template("{bar:24} {percent}%  ETA {eta}");
-    bar.set_style(style.expect("the template is valid").progress_chars("━╸─"));
+    let bar = ui::share_bar(args.output.notices());
     let mut hear = |share: f64| bar.set_position((share * 1000.0) as u64);
     match &args.lora {
         Some(dir) => merge(&args.models[0], &Lora::read(dir)?, &args.out, dtype, &mut hear)?,

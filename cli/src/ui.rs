@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use console::{Style, Term};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Prints a result to stdout. A closed pipe is an error that `main` turns into success.
 pub fn print(text: &str) -> Result<()> {
@@ -49,6 +50,18 @@ impl Notices {
     pub fn animated(&self) -> bool {
         !self.quiet && Term::stderr().is_term()
     }
+}
+
+/// A bar of 1000 parts with an ETA.
+pub fn share_bar(notices: Notices) -> ProgressBar {
+    let target = match notices.animated() {
+        true => ProgressDrawTarget::stderr(),
+        false => ProgressDrawTarget::hidden(),
+    };
+    let bar = ProgressBar::with_draw_target(Some(1000), target);
+    let style = ProgressStyle::with_template("{bar:24} {percent}%  ETA {eta}");
+    bar.set_style(style.expect("the template is valid").progress_chars("━╸─"));
+    bar
 }
 
 /// Whether stdout is a terminal that can be drawn on.

@@ -12,8 +12,10 @@ use crate::{Error, Result};
 
 mod cursor;
 pub(crate) mod llama;
+pub(crate) mod write;
 
 use cursor::{Cursor, KIND_STRING, Value};
+pub use write::write_gguf;
 
 /// Most metadata pairs, and most tensors. A thousand layers have 9,219 tensors.
 const MAX_ENTRIES: u64 = 1 << 16;

@@ -1,9 +1,11 @@
-//! New models of old ones, on the host and row by row: a base with an adapter in its weights, the mean of checkpoints.
+//! New models of old ones, on the host and row by row: a base with an adapter in its weights, the mean of checkpoints,
+//! the same model in another type or format.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::config::LlamaConfig;
+use super::gguf::write_gguf;
 use super::lora::Lora;
 use super::parameter::saved_type;
 use super::save::{SaveTensor, Sink, save_model};
@@ -67,6 +69,23 @@ pub fn average(models: &[PathBuf], out: &Path, dtype: StoredType, hear: Hear<'_>
         Ok(mean.iter().map(|m| (m / opened.len() as f64) as f32).collect())
     };
     write(out, config, dtype, &files, hear, rows)
+}
+
+/// Writes a model anew, its matrices as `dtype`: to a GGUF file if `out` ends so, else to a Hugging Face folder, which
+/// holds floats.
+pub fn convert(model: &Path, out: &Path, dtype: StoredType, hear: Hear<'_>) -> Result<()> {
+    if out.extension().is_some_and(|extension| extension == "gguf") {
+        let (config, weights) = Weights::open(model)?;
+        let tokenizer = Tokenizer::for_model(model, &config)?;
+        return write_gguf(out, &config, &weights, &tokenizer, dtype, hear);
+    }
+    if !dtype.is_float() {
+        let reason = format!(
+            "a Hugging Face folder holds no {dtype:?}; give a name that ends in .gguf, or a float type"
+        );
+        return Err(Error::model(out, reason));
+    }
+    average(&[model.to_owned()], out, dtype, hear)
 }
 
 /// The type a model is written in where nobody says: its own, or bf16 for one of quantised blocks.

@@ -19,7 +19,8 @@ use crate::{Error, Result};
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// As the file has them: floats unchanged, blocks of Q8_0 as [`DType::Q8`], of Q4_0 and Q4_1 as
-    /// [`DType::Q4`], all exactly.
+    /// [`DType::Q4`], all exactly; of Q4_K as `Q4`, whose scales are products rounded to f16 then, and of Q6_K as `Q8`,
+    /// rounded anew.
     Stored,
     /// f32, as training needs.
     F32,
@@ -161,8 +162,10 @@ impl Source for Stored<'_> {
         let dtype = match (shape.len(), self.precision, self.weights.dtype(name)) {
             (2, Precision::Bf16, _) | (2, Precision::Stored, StoredType::BF16) => DType::Bf16,
             (2, Precision::F16, _) | (2, Precision::Stored, StoredType::F16) => DType::F16,
-            (2, Precision::Q8, _) | (2, Precision::Stored, StoredType::Q8_0) => DType::Q8,
-            (2, Precision::Q4, _) | (2, Precision::Stored, StoredType::Q4_0 | StoredType::Q4_1) => {
+            (2, Precision::Q8, _) => DType::Q8,
+            (2, Precision::Stored, StoredType::Q8_0 | StoredType::Q6_K) => DType::Q8,
+            (2, Precision::Q4, _) => DType::Q4,
+            (2, Precision::Stored, StoredType::Q4_0 | StoredType::Q4_1 | StoredType::Q4_K) => {
                 DType::Q4
             }
             _ => DType::F32,
@@ -193,9 +196,12 @@ impl Source for Stored<'_> {
         {
             return Ok(bytes.into_owned());
         }
-        if let (StoredType::Q8_0, DType::Q8) | (StoredType::Q4_0 | StoredType::Q4_1, DType::Q4) =
-            (stored, dtype)
-        {
+        let kept = match dtype {
+            DType::Q8 => stored == StoredType::Q8_0,
+            DType::Q4 => matches!(stored, StoredType::Q4_0 | StoredType::Q4_1 | StoredType::Q4_K),
+            _ => false,
+        };
+        if kept {
             return Ok(repack(stored, &self.weights.rows_stored(name, rows)?, columns));
         }
         Ok(encode(&self.weights.rows_f32(name, rows)?, columns, dtype))

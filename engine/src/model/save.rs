@@ -62,6 +62,23 @@ pub(crate) fn save_files(dir: &Path, files: &[(String, Vec<u8>)]) -> Result<()> 
     staged.publish(false)
 }
 
+/// Writes one file, whole or not at all.
+pub(crate) fn write_file(
+    path: &Path,
+    body: impl FnOnce(&mut BufWriter<File>, &Path) -> Result<()>,
+) -> Result<()> {
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+        return Err(Error::model(path, "is no name of a file; give one"));
+    };
+    let mut staged = Staged { dir, files: vec![] };
+    staged.write(name, body)?;
+    staged.publish(false)
+}
+
 fn save_sharded(
     dir: &Path,
     config: &LlamaConfig,

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::chat::{CHATML, ChatTemplate};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
+use super::gguf::write::Meta;
 use super::weights::source::{Source, locate, map_file, read_capped};
 use crate::{Error, Result};
 
@@ -20,6 +21,7 @@ mod bytes;
 mod check;
 mod from_gguf;
 mod settings;
+mod to_gguf;
 
 use bytes::Scheme;
 use settings::{add_ends, default_settings, ends_to_add, template_of};
@@ -181,6 +183,14 @@ impl Tokenizer {
             settings,
             inner,
         })
+    }
+
+    /// Metadata of a GGUF file that [`Tokenizer::from_gguf`] and llama.cpp read.
+    ///
+    /// # Errors
+    /// If it is no byte-level BPE, or splits text in a way that llama.cpp has no name for.
+    pub(crate) fn to_gguf(&self, path: &Path, config: &LlamaConfig) -> Result<Vec<(String, Meta)>> {
+        to_gguf::metadata(self, path, config)
     }
 
     /// Token ids of a text. Special tokens that the text spells out are recognised; `add_special`

@@ -19,6 +19,7 @@ use super::gguf::Gguf;
 use super::gguf::llama::{self, ROPE_FREQS, RowOrder};
 use crate::{Error, Result};
 
+mod kquant;
 pub(crate) mod quant;
 mod safetensors;
 pub(crate) mod source;

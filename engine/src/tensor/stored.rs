@@ -59,14 +59,14 @@ pub(crate) struct Q4Block {
     pub q: [u8; QUANT_BLOCK],
 }
 
-fn q8_of(values: &[f32; QUANT_BLOCK]) -> Q8Block {
+pub(crate) fn q8_of(values: &[f32; QUANT_BLOCK]) -> Q8Block {
     let most = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
     let d = f16::from_f32(most / 127.0);
     let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
     Q8Block { d, q: values.map(|v| (v * inverse).round().clamp(-127.0, 127.0) as i8) }
 }
 
-fn q4_of(values: &[f32; QUANT_BLOCK]) -> Q4Block {
+pub(crate) fn q4_of(values: &[f32; QUANT_BLOCK]) -> Q4Block {
     let low = values.iter().copied().fold(f32::INFINITY, f32::min);
     let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let (d, m) = (f16::from_f32((high - low) / 15.0), f16::from_f32(low));

@@ -178,7 +178,7 @@ impl<'a> Cursor<'a> {
         shape.reverse();
         let dtype = stored_type(self.u32()?).map_err(|kind| {
             self.error(format!(
-                "tensor {name:?} is {kind}; supported are F32, F16, BF16, Q8_0, Q4_0 and Q4_1"
+                "tensor {name:?} is {kind}; supported are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K"
             ))
         })?;
         let length = dtype.bytes(elements).filter(|_| row.is_multiple_of(dtype.block_elements()));
@@ -198,20 +198,15 @@ impl<'a> Cursor<'a> {
 
 /// GGML's number of a tensor type; for an unsupported one, its name.
 fn stored_type(number: u32) -> std::result::Result<StoredType, String> {
+    if let Some(known) = StoredType::ALL.into_iter().find(|t| t.ggml_number() == number) {
+        return Ok(known);
+    }
     let name = match number {
-        0 => return Ok(StoredType::F32),
-        1 => return Ok(StoredType::F16),
-        2 => return Ok(StoredType::Q4_0),
-        3 => return Ok(StoredType::Q4_1),
-        8 => return Ok(StoredType::Q8_0),
-        30 => return Ok(StoredType::BF16),
         6 => "Q5_0",
         7 => "Q5_1",
         10 => "Q2_K",
         11 => "Q3_K",
-        12 => "Q4_K",
         13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         28 => "F64",
         other => return Err(format!("of GGML type {other}")),

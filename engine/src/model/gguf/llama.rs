@@ -34,34 +34,65 @@ impl RowOrder {
             }
         }
     }
+
+    /// The HF row that stored row `row` holds.
+    pub fn hf_row(self, row: usize) -> usize {
+        match self {
+            Self::Same => row,
+            Self::Interleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                head * head_dim + within % 2 * (head_dim / 2) + within / 2
+            }
+        }
+    }
 }
+
+/// GGUF's and HF's names of what is there once, and of a layer's parts.
+const WHOLE: [(&str, &str); 3] =
+    [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
+const PARTS: [(&str, &str); 9] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
 
 /// HF name and row order of a GGUF tensor; `None` for a name no Llama has.
 pub(crate) fn hf_name(name: &str, config: &LlamaConfig) -> Option<(String, RowOrder)> {
-    let whole = match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
+    let stem = name.strip_suffix(".weight")?;
+    let hf = match stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+        Some((layer, part)) => {
+            let (_, part) = PARTS.iter().find(|(gguf, _)| *gguf == part)?;
+            format!("model.layers.{layer}.{part}.weight")
+        }
+        None => format!("{}.weight", WHOLE.iter().find(|(gguf, _)| *gguf == stem)?.1),
     };
-    if let Some(hf) = whole {
-        return Some((hf.to_owned(), RowOrder::Same));
+    let order = row_order(&hf, config);
+    Some((hf, order))
+}
+
+/// GGUF name of an HF parameter; `None` for a name no Llama has.
+pub(crate) fn gguf_name(name: &str) -> Option<String> {
+    let stem = name.strip_suffix(".weight")?;
+    let Some((layer, part)) = stem.strip_prefix("model.layers.").and_then(|s| s.split_once('.'))
+    else {
+        return Some(format!("{}.weight", WHOLE.iter().find(|(_, hf)| *hf == stem)?.0));
+    };
+    let (part, _) = PARTS.iter().find(|(_, hf)| *hf == part)?;
+    Some(format!("blk.{layer}.{part}.weight"))
+}
+
+/// How GGUF orders the rows of an HF parameter.
+pub(crate) fn row_order(name: &str, config: &LlamaConfig) -> RowOrder {
+    match name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight") {
+        true => RowOrder::Interleaved { head_dim: config.head_dim },
+        false => RowOrder::Same,
     }
-    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
-    let interleaved = RowOrder::Interleaved { head_dim: config.head_dim };
-    let (part, order) = match part.strip_suffix(".weight")? {
-        "attn_norm" => ("input_layernorm", RowOrder::Same),
-        "attn_q" => ("self_attn.q_proj", interleaved),
-        "attn_k" => ("self_attn.k_proj", interleaved),
-        "attn_v" => ("self_attn.v_proj", RowOrder::Same),
-        "attn_output" => ("self_attn.o_proj", RowOrder::Same),
-        "ffn_norm" => ("post_attention_layernorm", RowOrder::Same),
-        "ffn_gate" => ("mlp.gate_proj", RowOrder::Same),
-        "ffn_up" => ("mlp.up_proj", RowOrder::Same),
-        "ffn_down" => ("mlp.down_proj", RowOrder::Same),
-        _ => return None,
-    };
-    Some((format!("model.layers.{layer}.{part}.weight"), order))
 }
 
 /// The configuration that `llama.*` and `tokenizer.ggml.*` describe, validated. `bytes` is the
@@ -135,8 +166,13 @@ pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
         eos_token_ids: ends,
         mask_token_id: id("tokenizer.ggml.mask_token_id")?,
         pad_token_id: id("tokenizer.ggml.padding_token_id")?,
-        block_length: None,
-        diffusion_attention: DiffusionAttention::default(),
+        block_length: size(gguf, "demask.block_length")?,
+        diffusion_attention: match gguf.text("demask.diffusion_attention")? {
+            None => DiffusionAttention::default(),
+            Some(word) => serde_json::from_value(word.into()).map_err(|e| {
+                Error::model(path, format!("metadata demask.diffusion_attention: {e}"))
+            })?,
+        },
     };
     config.validate(path)?;
     if let Some(scaling) = llama3_scaling(gguf, bytes, &config)? {

@@ -17,10 +17,11 @@ const MAX_MERGES: usize = 1 << 21;
 const MAX_PIECE_BYTES: usize = 1 << 9;
 
 /// `tokenizer.ggml.token_type`.
-const NORMAL: i32 = 1;
+pub(super) const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+pub(super) const UNUSED: i32 = 5;
 
 /// Splitting of Seed-Coder, and so of Stable-DiffCoder: digits one by one, line ends apart from
 /// signs.
@@ -124,19 +125,29 @@ fn with_type(name: &str, mut part: Value) -> Value {
     part
 }
 
-fn byte_level(path: &Path, gguf: &Gguf) -> Result<Value> {
-    let bytes = |use_regex: bool| {
-        let flags =
-            json!({"add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
-        with_type("ByteLevel", flags)
-    };
+/// How a byte-level tokenizer prepares text, as `tokenizer.json` has it.
+pub(super) struct Splitting {
+    pub normalizer: Value,
+    pub pre_tokenizer: Value,
+    pub ignore_merges: bool,
+}
+
+/// One name of `tokenizer.ggml.pre` for each way to split that is known here.
+pub(super) const PRE_NAMES: [&str; 5] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "seed-coder"];
+
+fn bytes(use_regex: bool) -> Value {
+    let flags = json!({"add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+    with_type("ByteLevel", flags)
+}
+
+/// What `tokenizer.ggml.pre` names; `None` if it is not known here.
+pub(super) fn splitting(pre: &str) -> Option<Splitting> {
     let split = |pattern: &str| {
         let pattern = json!({"Regex": pattern});
         let split = json!({"pattern": pattern, "behavior": "Isolated", "invert": false});
         let split = with_type("Split", split);
         json!({"type": "Sequence", "pretokenizers": [split, bytes(false)]})
     };
-    let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let pre_tokenizer = match pre {
         "gpt-2" | "default" => bytes(true),
         "smollm" | "starcoder" | "refact" => {
@@ -146,14 +157,25 @@ fn byte_level(path: &Path, gguf: &Gguf) -> Result<Value> {
         "llama-bpe" | "llama3" | "llama-v3" => split(LLAMA_3),
         "qwen2" => split(QWEN_2),
         "seed-coder" => split(SEED_CODER),
-        other => {
-            let reason = format!(
-                "tokenizer.ggml.pre {other:?} is not supported; expected smollm, starcoder, \
-                 gpt-2, llama-bpe, qwen2 or \
-                 seed-coder; use the Hugging Face folder instead"
-            );
-            return Err(Error::model(path, reason));
-        }
+        _ => return None,
+    };
+    Some(Splitting {
+        normalizer: if pre == "qwen2" { json!({"type": "NFC"}) } else { Value::Null },
+        pre_tokenizer,
+        // Llama 3 takes a word that is a token whole, even where the merges do not lead to it.
+        ignore_merges: matches!(pre, "llama-bpe" | "llama3" | "llama-v3"),
+    })
+}
+
+fn byte_level(path: &Path, gguf: &Gguf) -> Result<Value> {
+    let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let Some(Splitting { normalizer, pre_tokenizer, ignore_merges }) = splitting(pre) else {
+        let reason = format!(
+            "tokenizer.ggml.pre {pre:?} is not supported; expected smollm, starcoder, \
+             gpt-2, llama-bpe, qwen2 or \
+             seed-coder; use the Hugging Face folder instead"
+        );
+        return Err(Error::model(path, reason));
     };
     let Some(texts) = gguf.texts("tokenizer.ggml.merges")? else {
         return Err(Error::model(
@@ -179,9 +201,6 @@ fn byte_level(path: &Path, gguf: &Gguf) -> Result<Value> {
             }
         }
     }
-    let normalizer = if pre == "qwen2" { json!({"type": "NFC"}) } else { Value::Null };
-    // Llama 3 takes a word that is a token whole, even where the merges do not lead to it.
-    let ignore_merges = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
     Ok(json!({
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,

@@ -4,7 +4,8 @@ use std::array;
 
 use half::{bf16, f16};
 
-use crate::tensor::stored::{Q4Block, Q8Block, q4_rows, q8_rows};
+use super::kquant;
+use crate::tensor::stored::{Q4Block, Q8Block, q4_of, q4_rows, q8_of, q8_rows};
 
 /// Type of a stored tensor. The quantised ones are those of GGML; all bytes are little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +24,10 @@ pub enum StoredType {
     Q4_0,
     /// 32 elements in 20 bytes: f16 scale d, f16 minimum m, 16 bytes of nibbles q; x = d·q + m.
     Q4_1,
+    /// 256 elements in 144 bytes, see `kquant.rs`.
+    Q4_K,
+    /// 256 elements in 210 bytes, see `kquant.rs`.
+    Q6_K,
 }
 
 impl StoredType {
@@ -31,6 +36,7 @@ impl StoredType {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => 32,
+            Self::Q4_K | Self::Q6_K => kquant::ELEMENTS,
         }
     }
 
@@ -42,6 +48,34 @@ impl StoredType {
             Self::Q8_0 => 34,
             Self::Q4_0 => 18,
             Self::Q4_1 => 20,
+            Self::Q4_K => kquant::Q4_BYTES,
+            Self::Q6_K => kquant::Q6_BYTES,
+        }
+    }
+
+    /// Every type.
+    pub const ALL: [Self; 8] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q4_K,
+        Self::Q6_K,
+    ];
+
+    /// GGML's number of it, which GGUF files carry.
+    pub fn ggml_number(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q8_0 => 8,
+            Self::Q4_K => 12,
+            Self::Q6_K => 14,
+            Self::BF16 => 30,
         }
     }
 
@@ -64,7 +98,7 @@ impl StoredType {
         match self {
             Self::F16 => "float16",
             Self::BF16 => "bfloat16",
-            Self::F32 | Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => "float32",
+            _ => "float32",
         }
     }
 }
@@ -97,14 +131,63 @@ pub(crate) fn dequantise(dtype: StoredType, bytes: &[u8], out: &mut Vec<f32>) {
                 out.extend(nibbles(&block[4..]).map(|q| d * q + m));
             }
         }
+        StoredType::Q4_K => {
+            bytes.as_chunks().0.iter().for_each(|block| kquant::decode_q4(block, out));
+        }
+        StoredType::Q6_K => {
+            bytes.as_chunks().0.iter().for_each(|block| kquant::decode_q6(block, out));
+        }
     }
 }
 
-/// GGML blocks as the rows of `columns` that kernels read, exactly: Q8_0 as [`crate::tensor::DType::Q8`], Q4_0 and
-/// Q4_1 as [`crate::tensor::DType::Q4`].
+/// The little-endian bytes of values as a type, rounded to the nearest for floats. A block of [`StoredType::Q4_0`] has
+/// the scale that its largest magnitude needs, with the sign that puts it on -8; for the other types see
+/// `tensor::stored` and `kquant.rs`.
 ///
 /// # Panics
-/// On a type without blocks.
+/// If the values are no whole blocks.
+pub(crate) fn quantise(dtype: StoredType, values: &[f32]) -> Vec<u8> {
+    assert!(values.len().is_multiple_of(dtype.block_elements()), "{} values", values.len());
+    let blocks = values.as_chunks::<32>().0.iter();
+    match dtype {
+        StoredType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        StoredType::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+        StoredType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        StoredType::Q8_0 => {
+            let bytes = |b: Q8Block| b.d.to_le_bytes().into_iter().chain(b.q.map(|q| q as u8));
+            blocks.map(q8_of).flat_map(bytes).collect()
+        }
+        StoredType::Q4_0 => blocks
+            .flat_map(|block| {
+                let most = block.iter().fold(0.0f32, |a, x| if x.abs() > a.abs() { *x } else { a });
+                let d = f16::from_f32(most / -8.0);
+                let inverse = if d.to_f32() == 0.0 { 0.0 } else { 1.0 / d.to_f32() };
+                let q = block.map(|x| (x * inverse + 8.0).round().clamp(0.0, 15.0) as u8);
+                d.to_le_bytes().into_iter().chain(packed(&q))
+            })
+            .collect(),
+        StoredType::Q4_1 => {
+            let bytes = |b: Q4Block| {
+                let numbers = b.d.to_le_bytes().into_iter().chain(b.m.to_le_bytes());
+                numbers.chain(packed(&b.q))
+            };
+            blocks.map(q4_of).flat_map(bytes).collect()
+        }
+        StoredType::Q4_K => values.as_chunks().0.iter().flat_map(kquant::encode_q4).collect(),
+        StoredType::Q6_K => values.as_chunks().0.iter().flat_map(kquant::encode_q6).collect(),
+    }
+}
+
+/// Nibbles of a block: the first half in the low ones.
+fn packed(q: &[u8; 32]) -> [u8; 16] {
+    array::from_fn(|i| q[i] | q[i + 16] << 4)
+}
+
+/// GGML blocks as the rows of `columns` that kernels read: Q8_0 as [`crate::tensor::DType::Q8`], Q4_0 and Q4_1 as
+/// [`crate::tensor::DType::Q4`], exactly; Q4_K as the latter, with scales and minima rounded to f16.
+///
+/// # Panics
+/// On another type.
 pub(crate) fn repack(dtype: StoredType, bytes: &[u8], columns: usize) -> Vec<u8> {
     let half = |b: &[u8]| f16::from_le_bytes([b[0], b[1]]);
     let q4 = |block: &[u8], m: f16, packed: &[u8]| Q4Block {
@@ -127,7 +210,11 @@ pub(crate) fn repack(dtype: StoredType, bytes: &[u8], columns: usize) -> Vec<u8>
             let block = |b: &[u8; 20]| q4(b, half(&b[2..]), &b[4..]);
             q4_rows(columns, bytes.as_chunks().0.iter().map(block))
         }
-        float => panic!("{float:?} has no blocks"),
+        StoredType::Q4_K => {
+            let blocks = bytes.as_chunks().0.iter().flat_map(kquant::q4_blocks);
+            q4_rows(columns, blocks)
+        }
+        other => panic!("{other:?} has no blocks that a kernel reads as they are"),
     }
 }
 

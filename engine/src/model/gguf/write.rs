@@ -1,0 +1,248 @@
+//! Writing a model as one GGUF file (version 3) that llama.cpp loads: what `llama.rs` and `from_gguf.rs` read. Not
+//! here: how a type is rounded (`weights/quant.rs`).
+
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use super::llama::{ROPE_FREQS, gguf_name};
+use crate::model::config::{LlamaConfig, RopeScaling};
+use crate::model::save::write_file;
+use crate::model::tokenizer::Tokenizer;
+use crate::model::weights::quant::quantise;
+use crate::model::weights::{StoredType, Weights};
+use crate::{Error, Result};
+
+/// Where tensors begin: a multiple of this, GGUF's default.
+const ALIGNMENT: u64 = 32;
+/// Elements that are rounded at a time, about.
+const PIECE: usize = 1 << 22;
+
+/// A metadata value to be written.
+pub(crate) enum Meta {
+    U32(u32),
+    F32(f32),
+    Bool(bool),
+    Text(String),
+    Texts(Vec<String>),
+    I32s(Vec<i32>),
+}
+
+struct Entry {
+    name: String,
+    /// HF name; `None` for the rotary factors.
+    hf: Option<String>,
+    shape: Vec<usize>,
+    dtype: StoredType,
+}
+
+impl Entry {
+    fn bytes(&self) -> u64 {
+        let elements = self.shape.iter().map(|&n| n as u64).product();
+        self.dtype.bytes(elements).expect("rows are whole blocks")
+    }
+}
+
+/// Writes `path`, replacing it at once when it is complete. Matrices become `dtype`, vectors stay f32. `progress` hears
+/// the share done.
+///
+/// # Errors
+/// If rows are no whole blocks of `dtype`, the tokenizer is of a kind that llama.cpp does not know, or the file cannot
+/// be written.
+pub fn write_gguf(
+    path: &Path,
+    config: &LlamaConfig,
+    weights: &Weights,
+    tokenizer: &Tokenizer,
+    dtype: StoredType,
+    progress: &mut dyn FnMut(f64),
+) -> Result<()> {
+    let mut meta = architecture(config, dtype)?;
+    meta.extend(tokenizer.to_gguf(path, config)?);
+    let factors = rope_factors(config);
+    let mut entries = Vec::new();
+    for (hf, shape) in config.parameters() {
+        let name = gguf_name(&hf).expect("each parameter has a name there");
+        let dtype = if shape.len() == 2 { dtype } else { StoredType::F32 };
+        let columns: usize = shape[1..].iter().product();
+        if !columns.is_multiple_of(dtype.block_elements()) {
+            return Err(Error::model(
+                weights.path(),
+                format!(
+                    "{hf} has rows of {columns}, which are no whole blocks of {} for {dtype:?}; choose another type",
+                    dtype.block_elements()
+                ),
+            ));
+        }
+        entries.push(Entry { name, hf: Some(hf), shape, dtype });
+    }
+    if let Some(factors) = &factors {
+        let shape = vec![factors.len()];
+        entries.push(Entry { name: ROPE_FREQS.into(), hf: None, shape, dtype: StoredType::F32 });
+    }
+    let header = header(&meta, &entries);
+    let all: u64 = entries.iter().map(Entry::bytes).sum();
+    write_file(path, |out, path| {
+        let io = |e| Error::io(path, e);
+        out.write_all(&header).map_err(io)?;
+        let mut done = 0;
+        for entry in &entries {
+            match (&entry.hf, &factors) {
+                (Some(hf), _) => tensor(out, path, config, weights, hf, entry)?,
+                (None, Some(factors)) => {
+                    out.write_all(&quantise(StoredType::F32, factors)).map_err(io)?;
+                }
+                (None, None) => unreachable!("only the rotary factors have no HF name"),
+            }
+            out.write_all(&vec![0; padding(entry.bytes())]).map_err(io)?;
+            done += entry.bytes();
+            progress(done as f64 / all.max(1) as f64);
+        }
+        Ok(())
+    })
+}
+
+/// One tensor's rows in the order that llama.cpp has them.
+fn tensor(
+    out: &mut BufWriter<std::fs::File>,
+    path: &Path,
+    config: &LlamaConfig,
+    weights: &Weights,
+    hf: &str,
+    entry: &Entry,
+) -> Result<()> {
+    let order = super::llama::row_order(hf, config);
+    let (rows, columns) = (entry.shape[0], entry.shape[1..].iter().product::<usize>());
+    let most = (PIECE / columns.max(1)).max(1);
+    for first in (0..rows).step_by(most) {
+        let end = (first + most).min(rows);
+        let values = match order {
+            super::llama::RowOrder::Same => weights.rows_f32(hf, first..end)?,
+            interleaved => {
+                let mut values = Vec::with_capacity((end - first) * columns);
+                for stored in first..end {
+                    let row = interleaved.hf_row(stored);
+                    values.extend(weights.rows_f32(hf, row..row + 1)?);
+                }
+                values
+            }
+        };
+        out.write_all(&quantise(entry.dtype, &values)).map_err(|e| Error::io(path, e))?;
+    }
+    Ok(())
+}
+
+fn padding(bytes: u64) -> usize {
+    (bytes.next_multiple_of(ALIGNMENT) - bytes) as usize
+}
+
+fn architecture(config: &LlamaConfig, dtype: StoredType) -> Result<Vec<(String, Meta)>> {
+    let number = |n: usize| Meta::U32(n as u32);
+    let mut meta = vec![
+        ("general.architecture", Meta::Text("llama".into())),
+        ("general.file_type", Meta::U32(file_type(dtype))),
+        ("general.quantization_version", Meta::U32(2)),
+        ("llama.vocab_size", number(config.vocab_size)),
+        ("llama.context_length", number(config.max_position_embeddings)),
+        ("llama.embedding_length", number(config.hidden_size)),
+        ("llama.block_count", number(config.num_hidden_layers)),
+        ("llama.feed_forward_length", number(config.intermediate_size)),
+        ("llama.attention.head_count", number(config.num_attention_heads)),
+        ("llama.attention.head_count_kv", number(config.num_key_value_heads)),
+        ("llama.attention.key_length", number(config.head_dim)),
+        ("llama.attention.value_length", number(config.head_dim)),
+        ("llama.rope.dimension_count", number(config.head_dim)),
+        ("llama.attention.layer_norm_rms_epsilon", Meta::F32(config.rms_norm_eps)),
+        ("llama.rope.freq_base", Meta::F32(config.rope_theta)),
+    ];
+    match config.rope_scaling {
+        Some(RopeScaling::Linear { factor }) => {
+            meta.push(("llama.rope.scaling.type", Meta::Text("linear".into())));
+            meta.push(("llama.rope.scaling.factor", Meta::F32(factor)));
+        }
+        Some(RopeScaling::Llama3 { .. }) | None => {}
+    }
+    // Ours; other readers skip what they do not know.
+    if let Some(length) = config.block_length {
+        meta.push(("demask.block_length", number(length)));
+    }
+    if config.is_diffusion() {
+        let word = serde_json::json!(config.diffusion_attention);
+        meta.push(("demask.diffusion_attention", Meta::Text(word.as_str().unwrap_or("").into())));
+    }
+    Ok(meta.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+}
+
+/// llama.cpp's `LLAMA_FTYPE` of a file that is mostly of this type; it only prints it.
+fn file_type(dtype: StoredType) -> u32 {
+    match dtype {
+        StoredType::F32 => 0,
+        StoredType::F16 => 1,
+        StoredType::Q4_0 => 2,
+        StoredType::Q4_1 => 3,
+        StoredType::Q8_0 => 7,
+        StoredType::Q4_K => 14,
+        StoredType::Q6_K => 18,
+        StoredType::BF16 => 32,
+    }
+}
+
+/// What llama.cpp divides Llama 3's frequencies by.
+fn rope_factors(config: &LlamaConfig) -> Option<Vec<f32>> {
+    let Some(RopeScaling::Llama3 { .. }) = config.rope_scaling else { return None };
+    let plain = LlamaConfig { rope_scaling: None, ..config.clone() }.inv_freq();
+    Some(plain.iter().zip(config.inv_freq()).map(|(plain, scaled)| plain / scaled).collect())
+}
+
+fn header(meta: &[(String, Meta)], entries: &[Entry]) -> Vec<u8> {
+    let mut out = b"GGUF".to_vec();
+    out.extend(3u32.to_le_bytes());
+    out.extend((entries.len() as u64).to_le_bytes());
+    out.extend((meta.len() as u64).to_le_bytes());
+    for (key, value) in meta {
+        text(&mut out, key);
+        match value {
+            Meta::U32(n) => kind(&mut out, 4, &n.to_le_bytes()),
+            Meta::F32(x) => kind(&mut out, 6, &x.to_le_bytes()),
+            Meta::Bool(flag) => kind(&mut out, 7, &[u8::from(*flag)]),
+            Meta::Text(value) => {
+                kind(&mut out, 8, &[]);
+                text(&mut out, value);
+            }
+            Meta::Texts(values) => {
+                array(&mut out, 8, values.len());
+                values.iter().for_each(|value| text(&mut out, value));
+            }
+            Meta::I32s(values) => {
+                array(&mut out, 5, values.len());
+                out.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            }
+        }
+    }
+    let mut offset = 0u64;
+    for entry in entries {
+        text(&mut out, &entry.name);
+        out.extend((entry.shape.len() as u32).to_le_bytes());
+        // Innermost first.
+        out.extend(entry.shape.iter().rev().flat_map(|&n| (n as u64).to_le_bytes()));
+        out.extend(entry.dtype.ggml_number().to_le_bytes());
+        out.extend(offset.to_le_bytes());
+        offset += entry.bytes().next_multiple_of(ALIGNMENT);
+    }
+    out.resize(out.len() + padding(out.len() as u64), 0);
+    out
+}
+
+fn text(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+fn kind(out: &mut Vec<u8>, kind: u32, bytes: &[u8]) {
+    out.extend(kind.to_le_bytes());
+    out.extend(bytes);
+}
+
+fn array(out: &mut Vec<u8>, of: u32, count: usize) {
+    kind(out, 9, &of.to_le_bytes());
+    out.extend((count as u64).to_le_bytes());
+}

@@ -1,0 +1,77 @@
+//! GGUF metadata of a tokenizer, as llama.cpp's converter writes it: the inverse of `from_gguf.rs`.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::Tokenizer;
+use super::from_gguf::{CONTROL, NORMAL, PRE_NAMES, UNUSED, USER_DEFINED, splitting};
+use crate::model::config::LlamaConfig;
+use crate::model::gguf::write::Meta;
+use crate::{Error, Result};
+
+pub(super) fn metadata(
+    tokenizer: &Tokenizer,
+    path: &Path,
+    config: &LlamaConfig,
+) -> Result<Vec<(String, Meta)>> {
+    let refuse = |why: &str| Error::model(path, format!("cannot hold the tokenizer: {why}"));
+    let json: Value = serde_json::from_str(&tokenizer.to_json()?)
+        .map_err(|e| refuse(&format!("it is no JSON ({e})")))?;
+    let model = &json["model"];
+    let byte_level = model["type"] == "BPE" && model["byte_fallback"] != true;
+    let Some(vocab) = model["vocab"].as_object().filter(|_| byte_level) else {
+        return Err(refuse("only byte-level BPE can be written"));
+    };
+    let mut tokens: Vec<Option<(String, i32)>> = vec![None; config.vocab_size];
+    let mut put = |id: Option<u64>, text: &str, kind: i32| {
+        let slot = id.and_then(|id| tokens.get_mut(id as usize));
+        slot.map(|slot| *slot = Some((text.to_owned(), kind)))
+            .ok_or_else(|| refuse(&format!("token {text:?} has no id below the vocabulary")))
+    };
+    for (text, id) in vocab {
+        put(id.as_u64(), text, NORMAL)?;
+    }
+    for added in json["added_tokens"].as_array().into_iter().flatten() {
+        let kind = if added["special"] == true { CONTROL } else { USER_DEFINED };
+        put(added["id"].as_u64(), added["content"].as_str().unwrap_or_default(), kind)?;
+    }
+    let unused = |id: usize| (format!("[UNUSED_{id}]"), UNUSED);
+    let tokens = tokens.into_iter().enumerate().map(|(id, t)| t.unwrap_or_else(|| unused(id)));
+    let (texts, kinds): (Vec<String>, Vec<i32>) = tokens.unzip();
+    let merges = model["merges"].as_array().into_iter().flatten().map(|merge| match merge {
+        Value::String(both) => both.clone(),
+        pair => [&pair[0], &pair[1]].map(|part| part.as_str().unwrap_or_default()).join(" "),
+    });
+    let Some(pre) = PRE_NAMES.into_iter().find(|pre| {
+        let known = splitting(pre).expect("the names are known");
+        let ignores = model["ignore_merges"].as_bool().unwrap_or(false);
+        (&json["pre_tokenizer"], &json["normalizer"], ignores)
+            == (&known.pre_tokenizer, &known.normalizer, known.ignore_merges)
+    }) else {
+        return Err(refuse("llama.cpp has no name for the way it splits text"));
+    };
+    let ends = tokenizer.encode("", true)?;
+    let begins = config.bos_token_id.is_some_and(|bos| ends.first() == Some(&bos));
+    let mut meta = vec![
+        ("tokenizer.ggml.model", Meta::Text("gpt2".into())),
+        ("tokenizer.ggml.pre", Meta::Text(pre.into())),
+        ("tokenizer.ggml.tokens", Meta::Texts(texts)),
+        ("tokenizer.ggml.token_type", Meta::I32s(kinds)),
+        ("tokenizer.ggml.merges", Meta::Texts(merges.collect())),
+        ("tokenizer.ggml.add_bos_token", Meta::Bool(begins)),
+        ("tokenizer.ggml.add_space_prefix", Meta::Bool(false)),
+    ];
+    let ids = [
+        ("tokenizer.ggml.bos_token_id", config.bos_token_id),
+        ("tokenizer.ggml.eos_token_id", config.eos_token_ids.first().copied()),
+        ("tokenizer.ggml.eot_token_id", config.eos_token_ids.get(1).copied()),
+        ("tokenizer.ggml.padding_token_id", config.pad_token_id),
+        ("tokenizer.ggml.mask_token_id", tokenizer.mask_token_id()),
+    ];
+    meta.extend(ids.into_iter().filter_map(|(key, id)| Some((key, Meta::U32(id?)))));
+    if let Some(template) = tokenizer.chat_template() {
+        meta.push(("tokenizer.chat_template", Meta::Text(template.to_owned())));
+    }
+    Ok(meta.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+}

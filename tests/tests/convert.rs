@@ -1,0 +1,151 @@
+//! Models written as GGUF and read back: weights within each type's step, configuration and tokenizer as they were.
+//! That other programs read the same numbers is `interop/gguf_check.py`'s to show.
+
+use std::path::{Path, PathBuf};
+
+use demask_engine::Error;
+use demask_engine::model::merge::convert;
+use demask_engine::model::save::{SaveTensor, Sink, save_model};
+use demask_engine::model::{
+    DiffusionAttention, LlamaConfig, RopeScaling, StoredType, Tokenizer, Weights,
+};
+use demask_engine::philox::Philox;
+use tempfile::TempDir;
+
+/// A model of one layer with random weights and the small model's tokenizer; rows of 256 and 512.
+fn source() -> (TempDir, LlamaConfig) {
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
+    let small_config = LlamaConfig::read(&small).unwrap();
+    let files = Tokenizer::for_model(&small, &small_config).unwrap().files().unwrap();
+    let config = LlamaConfig {
+        hidden_size: 256,
+        intermediate_size: 512,
+        num_hidden_layers: 1,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 64,
+        tie_word_embeddings: false,
+        block_length: Some(8),
+        diffusion_attention: DiffusionAttention::Causal,
+        bos_token_id: Some(2),
+        rope_scaling: Some(RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        }),
+        ..small_config
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let tensor = |(name, shape)| SaveTensor { name, shape, dtype: StoredType::F32 };
+    let tensors: Vec<SaveTensor> = config.parameters().into_iter().map(tensor).collect();
+    let mut seed = 0;
+    let fill = |tensor: &SaveTensor, sink: &mut Sink<'_>| {
+        seed += 1;
+        let mut random = Philox::new(seed, [0; 3]);
+        let n: usize = tensor.shape.iter().product();
+        let values: Vec<u8> = (0..n).flat_map(|_| (0.1 * random.normal()).to_le_bytes()).collect();
+        sink(&values)
+    };
+    save_model(dir.path(), &config, &tensors, fill, &files).unwrap();
+    (dir, config)
+}
+
+fn written(source: &Path, dir: &Path, dtype: StoredType) -> PathBuf {
+    let out = dir.join(format!("{dtype:?}.gguf"));
+    let mut heard = Vec::new();
+    convert(source, &out, dtype, &mut |share| heard.push(share)).unwrap();
+    assert!(heard.is_sorted() && heard.last() == Some(&1.0));
+    out
+}
+
+/// Root mean square of the difference, over that of the values.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
+    (difference / a.iter().map(|&a| square(a)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn gguf_files_hold_the_model_in_every_type() {
+    let (source, config) = source();
+    let dir = tempfile::tempdir().unwrap();
+    let (_, original) = Weights::open(source.path()).unwrap();
+    for (dtype, bound) in [
+        (StoredType::F32, 0.0),
+        (StoredType::F16, 4e-4),
+        (StoredType::BF16, 3e-3),
+        (StoredType::Q8_0, 8e-3),
+        (StoredType::Q6_K, 0.025),
+        (StoredType::Q4_1, 0.09),
+        (StoredType::Q4_K, 0.09),
+        (StoredType::Q4_0, 0.11),
+    ] {
+        let out = written(source.path(), dir.path(), dtype);
+        let (read, weights) = Weights::open(&out).unwrap();
+        assert_eq!(read, config, "{dtype:?}");
+        for (name, shape) in config.parameters() {
+            let want = original.rows_f32(&name, 0..shape[0]).unwrap();
+            let got = weights.rows_f32(&name, 0..shape[0]).unwrap();
+            let own = if shape.len() == 2 { dtype } else { StoredType::F32 };
+            assert_eq!(weights.dtype(&name), own, "{name}");
+            let distance = distance(&want, &got);
+            let bound = if own == StoredType::F32 { 0.0 } else { bound };
+            assert!(distance <= bound, "{name} as {dtype:?}: {distance}");
+            assert!(bound == 0.0 || distance > bound / 20.0, "{name} as {dtype:?}: {distance}");
+        }
+    }
+}
+
+#[test]
+fn the_tokenizer_goes_along() {
+    let (source, config) = source();
+    let dir = tempfile::tempdir().unwrap();
+    let out = written(source.path(), dir.path(), StoredType::Q8_0);
+    let ours = Tokenizer::for_model(source.path(), &config).unwrap();
+    let read = Tokenizer::for_model(&out, &config).unwrap();
+    assert_eq!(ours.mask_token_id(), read.mask_token_id());
+    assert_eq!(ours.chat_template(), read.chat_template());
+    for text in ["def f(x):\n    return x\n", "  π ≈ 3.14159 <mask>", "\t\r\n漢字", ""] {
+        let ids = ours.encode(text, true).unwrap();
+        assert_eq!(read.encode(text, true).unwrap(), ids, "{text:?}");
+        assert_eq!(read.decode(&ids, false), ours.decode(&ids, false));
+    }
+}
+
+#[test]
+fn a_converted_file_is_converted_again_to_the_same_numbers() {
+    let (source, config) = source();
+    let dir = tempfile::tempdir().unwrap();
+    for dtype in [StoredType::Q8_0, StoredType::Q4_K, StoredType::Q6_K] {
+        let gguf = written(source.path(), dir.path(), dtype);
+        let folder = dir.path().join(format!("{dtype:?}"));
+        convert(&gguf, &folder, StoredType::F32, &mut |_| {}).unwrap();
+        let ((read, of_gguf), (_, of_folder)) =
+            (Weights::open(&gguf).unwrap(), Weights::open(&folder).unwrap());
+        assert_eq!(read, config);
+        for (name, shape) in config.parameters() {
+            let rows = 0..shape[0];
+            let want = of_gguf.rows_f32(&name, rows.clone()).unwrap();
+            assert_eq!(of_folder.rows_f32(&name, rows).unwrap(), want, "{name}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_and_nothing_is_left() {
+    let (source, _) = source();
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |from: &Path, to: &str, dtype, word: &str| {
+        let result = convert(from, &dir.path().join(to), dtype, &mut |_| {});
+        let Err(error) = result else { panic!("{to} was written") };
+        assert!(matches!(error, Error::Model { .. } | Error::Io { .. }), "{error:?}");
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    refused(source.path(), "folder", StoredType::Q8_0, "gguf");
+    // Rows of 192 are no whole blocks of 256.
+    refused(&small, "small.gguf", StoredType::Q4_K, "rows of 192");
+    refused(source.path(), "no/such/folder/a.gguf", StoredType::F16, "no/such/folder");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}
