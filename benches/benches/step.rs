@@ -177,7 +177,6 @@ fn train(path: &Path) -> Result<()> {
             attention: AttentionOptions::new(Mask::Causal),
         };
         let supervision = Supervision {
-            rows: Tensor::from_u32(gpu, &positions, [t]),
             targets: Tensor::from_u32(gpu, &tokens[1..], [t]),
             weights: Tensor::from_f32(gpu, &vec![1.0; t], [t]),
             divisor: t as f32,

@@ -204,8 +204,8 @@ fn train(name: String, cost: Cost, model: Llama, reference: Rc<Reference>) -> Wo
         positions: Tensor::from_u32(&gpu, &sequence.positions, [1, t]),
         attention: AttentionOptions::new(Mask::TwoCopy(BLOCK)),
     };
+    let rows = Tensor::from_u32(&gpu, &sequence.rows, [r]);
     let supervision = Supervision {
-        rows: Tensor::from_u32(&gpu, &sequence.rows, [r]),
         targets: Tensor::from_u32(&gpu, &sequence.targets, [r]),
         weights: Tensor::from_f32(&gpu, &vec![1.0; r], [r]),
         divisor: r as f32,
@@ -223,7 +223,8 @@ fn train(name: String, cost: Cost, model: Llama, reference: Rc<Reference>) -> Wo
     let settings =
         AdamW { lr: 0.0, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, step: 1 };
     let run = move || {
-        let ce = linear_cross_entropy(&model.hidden(&inputs, false), model.head(), &supervision);
+        let hidden = model.hidden_at(&inputs, &rows, false);
+        let ce = linear_cross_entropy(&hidden, model.head(), &supervision);
         let mut gradients = Gradients::new();
         backward(&ce.loss, &one, &mut gradients);
         let of = |t: &Tensor| gradients.get(t).expect("every weight is used").clone();

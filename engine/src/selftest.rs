@@ -11,7 +11,7 @@ use crate::Result;
 use crate::autograd::{Gradients, backward};
 use crate::gpu::Gpu;
 use crate::ops::{
-    AdamW, AttentionOptions, Layout, Mask, Supervision, adamw_step, attention, grad_norm,
+    AdamW, AttentionOptions, Layout, Mask, Supervision, adamw_step, attention, gather, grad_norm,
     linear_cross_entropy, matmul, rms_norm, softmax,
 };
 use crate::philox::Philox;
@@ -226,12 +226,12 @@ fn cross_entropy_error(gpu: &Gpu) -> Result<[f64; 2]> {
     let tx = Tensor::from_f32(gpu, &x, [t, d]).trainable();
     let tw = Tensor::from_f32(gpu, &w, [vocab, d]).trainable();
     let supervision = Supervision {
-        rows: Tensor::from_u32(gpu, &rows, [4]),
         targets: Tensor::from_u32(gpu, &targets, [4]),
         weights: Tensor::from_f32(gpu, &weights, [4]),
         divisor: 5.0,
     };
-    let ce = linear_cross_entropy(&tx, std::slice::from_ref(&tw), &supervision);
+    let picked = gather(&tx, &Tensor::from_u32(gpu, &rows, [4]));
+    let ce = linear_cross_entropy(&picked, std::slice::from_ref(&tw), &supervision);
     let mut gradients = Gradients::new();
     backward(&ce.loss, &Tensor::from_f32(gpu, &[1.0], [1]), &mut gradients);
 

@@ -31,14 +31,24 @@ fn ids(n: usize) -> Vec<u32> {
     (0..n as u32).map(|i| (i * 37 + 11) % 96).collect()
 }
 
-fn hidden(model: &Llama, ids: &[u32]) -> Tensor {
+fn inputs(model: &Llama, ids: &[u32]) -> Inputs {
     let positions: Vec<u32> = (0..ids.len() as u32).collect();
-    let inputs = Inputs {
+    Inputs {
         tokens: Tensor::from_u32(model.gpu(), ids, [1, ids.len()]),
         positions: Tensor::from_u32(model.gpu(), &positions, [1, ids.len()]),
         attention: AttentionOptions::new(Mask::Causal),
-    };
-    model.hidden(&inputs, false)
+    }
+}
+
+fn hidden(model: &Llama, ids: &[u32]) -> Tensor {
+    model.hidden(&inputs(model, ids), false)
+}
+
+/// Of all rows that have a next token.
+fn hidden_before_last(model: &Llama, ids: &[u32]) -> Tensor {
+    let rows: Vec<u32> = (0..ids.len() as u32 - 1).collect();
+    let rows = Tensor::from_u32(model.gpu(), &rows, [rows.len()]);
+    model.hidden_at(&inputs(model, ids), &rows, false)
 }
 
 fn logits(model: &Llama, ids: &[u32]) -> Vec<f32> {
@@ -108,14 +118,13 @@ fn gradients_of_adapters_are_those_of_the_loss() {
         let lora = random(base.config(), dora);
         let model = base.adapted(&lora).unwrap().trainable();
         let loss = || {
-            let rows: Vec<u32> = (0..23).collect();
             let supervision = Supervision {
-                rows: Tensor::from_u32(&gpu, &rows, [23]),
                 targets: Tensor::from_u32(&gpu, &ids[1..], [23]),
                 weights: Tensor::from_f32(&gpu, &[1.0; 23], [23]),
                 divisor: 1.0,
             };
-            linear_cross_entropy(&hidden(&model, &ids), model.head(), &supervision).loss
+            let hidden = hidden_before_last(&model, &ids);
+            linear_cross_entropy(&hidden, model.head(), &supervision).loss
         };
         let mut gradients = Gradients::new();
         backward(&loss(), &Tensor::from_f32(&gpu, &[1.0], [1]), &mut gradients);
@@ -188,14 +197,13 @@ fn adapters_of_peft_compute_what_they_do_there() {
 
         let mut gradients = Gradients::new();
         for row in ids.chunks(24) {
-            let rows: Vec<u32> = (0..23).collect();
             let supervision = Supervision {
-                rows: Tensor::from_u32(&gpu, &rows, [23]),
                 targets: Tensor::from_u32(&gpu, &row[1..], [23]),
                 weights: Tensor::from_f32(&gpu, &[1.0; 23], [23]),
                 divisor: 46.0,
             };
-            let ce = linear_cross_entropy(&hidden(&model, row), model.head(), &supervision);
+            let hidden = hidden_before_last(&model, row);
+            let ce = linear_cross_entropy(&hidden, model.head(), &supervision);
             backward(&ce.loss, &Tensor::from_f32(&gpu, &[1.0], [1]), &mut gradients);
         }
         for p in model.trained() {

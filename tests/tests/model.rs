@@ -161,13 +161,13 @@ fn ar_loss(model: &Llama, golden: &Golden, recompute: bool) -> Tensor {
     let targets: Vec<u32> = rows.iter().map(|&i| tokens[i as usize + 1]).collect();
     let n = rows.len();
     let supervision = Supervision {
-        rows: Tensor::from_u32(gpu, &rows, [n]),
         targets: Tensor::from_u32(gpu, &targets, [n]),
         weights: Tensor::from_f32(gpu, &vec![1.0; n], [n]),
         divisor: n as f32,
     };
     let inputs = inputs(gpu, &tokens, [shape[0], t], AttentionOptions::new(Mask::Causal));
-    linear_cross_entropy(&model.hidden(&inputs, recompute), model.head(), &supervision).loss
+    let hidden = model.hidden_at(&inputs, &Tensor::from_u32(gpu, &rows, [n]), recompute);
+    linear_cross_entropy(&hidden, model.head(), &supervision).loss
 }
 
 /// The golden's block-diffusion loss over the two-copy pass.
@@ -182,13 +182,14 @@ fn diffusion_loss(model: &Llama, golden: &Golden) -> Tensor {
     let w: Vec<f32> = masked.iter().map(|&i| weights[i]).collect();
     let n = masked.len();
     let supervision = Supervision {
-        rows: Tensor::from_u32(gpu, &pick(&|i| (i / l * 2 * l + i % l) as u32), [n]),
         targets: Tensor::from_u32(gpu, &pick(&|i| x0[i]), [n]),
         weights: Tensor::from_f32(gpu, &w, [n]),
         divisor: golden.number("/bd/divisor") as f32,
     };
     let inputs = inputs(gpu, &tokens, shape, AttentionOptions::new(Mask::TwoCopy(4)));
-    linear_cross_entropy(&model.hidden(&inputs, false), model.head(), &supervision).loss
+    let rows = Tensor::from_u32(gpu, &pick(&|i| (i / l * 2 * l + i % l) as u32), [n]);
+    let hidden = model.hidden_at(&inputs, &rows, false);
+    linear_cross_entropy(&hidden, model.head(), &supervision).loss
 }
 
 fn gradients(loss: &Tensor) -> Gradients {
@@ -432,13 +433,13 @@ fn stories260k_matches_its_golden() {
     .unwrap();
     let rows: Vec<u32> = (0..t as u32 - 1).collect();
     let supervision = Supervision {
-        rows: Tensor::from_u32(&gpu, &rows, [t - 1]),
         targets: Tensor::from_u32(&gpu, &ids[1..], [t - 1]),
         weights: Tensor::from_f32(&gpu, &vec![1.0; t - 1], [t - 1]),
         divisor: (t - 1) as f32,
     };
     let inputs = inputs(&gpu, &ids, [1, t], AttentionOptions::new(Mask::Causal));
-    let loss = linear_cross_entropy(&model.hidden(&inputs, false), model.head(), &supervision).loss;
+    let hidden = model.hidden_at(&inputs, &Tensor::from_u32(&gpu, &rows, [t - 1]), false);
+    let loss = linear_cross_entropy(&hidden, model.head(), &supervision).loss;
     let want = golden["loss_f64"].as_f64().unwrap();
     compare("loss", &loss.to_vec().unwrap(), &[want], Tolerance { absolute: 1e-5, relative: 0.0 })
         .unwrap();

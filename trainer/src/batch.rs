@@ -177,21 +177,22 @@ pub fn loss(
         positions: Tensor::from_u32(gpu, &positions, [b, rows]),
         attention: AttentionOptions { spans, ..AttentionOptions::new(mask) },
     };
-    let hidden = model.hidden(&inputs, recompute);
-    linear_cross_entropy(&hidden, model.head(), &supervision(gpu, examples, rows, divisor))
-}
-
-/// The supervised rows of all examples, counted over the micro-batch.
-fn supervision(gpu: &Gpu, examples: &[Example], rows: usize, divisor: f32) -> Supervision {
+    // Supervised rows, counted over the micro-batch.
     let offset = |(i, e): (usize, &Example)| -> Vec<u32> {
         e.supervised.iter().map(|r| r + (i * rows) as u32).collect()
     };
     let supervised: Vec<u32> = examples.iter().enumerate().flat_map(offset).collect();
+    let supervised = Tensor::from_u32(gpu, &supervised, [supervised.len()]);
+    let hidden = model.hidden_at(&inputs, &supervised, recompute);
+    linear_cross_entropy(&hidden, model.head(), &supervision(gpu, examples, divisor))
+}
+
+/// What the supervised rows of all examples should say.
+fn supervision(gpu: &Gpu, examples: &[Example], divisor: f32) -> Supervision {
     let targets: Vec<u32> = examples.iter().flat_map(|e| e.targets.iter().copied()).collect();
     let weights: Vec<f32> = examples.iter().flat_map(|e| e.weights.iter().copied()).collect();
-    let n = supervised.len();
+    let n = targets.len();
     Supervision {
-        rows: Tensor::from_u32(gpu, &supervised, [n]),
         targets: Tensor::from_u32(gpu, &targets, [n]),
         weights: Tensor::from_f32(gpu, &weights, [n]),
         divisor,

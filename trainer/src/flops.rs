@@ -1,7 +1,8 @@
 //! Floating-point operations of a training step by the usual count: two for each weight and row it meets, four for each
 //! element of a pair of positions that attend (two products of length H), three times that for forward and backward,
 //! twice for weights that are frozen: they get no gradient. An adapter's own thin products are left out.
-//! Recomputed layers do not count: utilisation is about useful work.
+//! Recomputed layers do not count: utilisation is about useful work. That the last layer leaves out what only rows
+//! without supervision need is not subtracted.
 
 use demask_engine::model::LlamaConfig;
 use demask_engine::ops::Mask;

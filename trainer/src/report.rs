@@ -66,7 +66,7 @@ pub struct Summary {
     pub loss: f64,
     /// Cross-entropy per supervised token of the last step that has one.
     pub ce_per_masked: Option<f64>,
-    /// Over the steps so far.
+    /// Over the steps of the last phase so far.
     pub best_validation: Option<Best>,
     /// Median over the steps.
     pub tokens_per_second: f64,
@@ -204,7 +204,10 @@ impl Run {
         let mut speeds: Vec<f64> = self.points.iter().map(|p| p.tokens_per_second).collect();
         speeds.sort_by(f64::total_cmp);
         let held_out = self.validation.iter().filter(|v| v.text == HELD_OUT && v.loss.is_finite());
-        let best = held_out.min_by(|a, b| a.loss.total_cmp(&b.loss));
+        // Losses of different objectives do not compare.
+        let phase = held_out.clone().next_back().map(|v| &v.phase);
+        let best = held_out.filter(|v| Some(&v.phase) == phase);
+        let best = best.min_by(|a, b| a.loss.total_cmp(&b.loss));
         // A record holds the speed of its step, not its time.
         let first = if self.points[0].step <= 1 { 0 } else { self.points[0].tokens };
         let before = std::iter::once(first).chain(self.points.iter().map(|p| p.tokens));
@@ -255,7 +258,7 @@ fn facts(runs: &[Summary]) -> Vec<Row> {
         }),
         row("last loss", &|r| number(r.loss)),
         row("last cross-entropy", &|r| r.ce_per_masked.map_or(dash(), number)),
-        row("best validation loss", &|r| match r.best_validation {
+        row("best validation loss of the last phase", &|r| match r.best_validation {
             Some(best) => format!("{} at step {}", number(best.loss), best.step),
             None => dash(),
         }),

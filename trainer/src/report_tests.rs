@@ -44,7 +44,7 @@ fn whole(folder: &Path, n: u64) -> PathBuf {
             step: i * n / 6,
             phase: if i > 2 { "diffusion" } else { "ar" }.into(),
             text: text.into(),
-            loss: 4.0 - 0.5 * i as f64,
+            loss: if i > 2 { 7.0 } else { 4.0 } - 0.5 * i as f64,
             ce: 2.0,
             tokens: 900,
         })
@@ -73,7 +73,7 @@ fn a_run_has_every_section_and_its_numbers() {
     assert_eq!((summary.step, summary.total_steps, summary.skipped), (300, Some(300), 1));
     assert_eq!(
         (summary.tokens, summary.best_validation),
-        (153_600, Some(Best { loss: 1.0, step: 300 }))
+        (153_600, Some(Best { loss: 4.0, step: 300 }))
     );
     assert!((summary.seconds - 153.6).abs() < 1e-6, "{} s", summary.seconds);
     let expected = [
@@ -90,7 +90,7 @@ fn a_run_has_every_section_and_its_numbers() {
     assert_eq!(titles(&report.page), expected);
     for part in [
         "ar 100 → diffusion 200",
-        "1.0000 at step 300",
+        "4.0000 at step 300",
         "153.6 k",
         "3 MiB",
         "2 min 34 s",

@@ -37,7 +37,6 @@ pub fn demask(folder: &Path, tokens: usize) -> Result<Prepared> {
         attention: AttentionOptions::new(Mask::Causal),
     };
     let supervision = Supervision {
-        rows: Tensor::from_u32(&gpu, &positions, [tokens]),
         targets: Tensor::from_u32(&gpu, &targets, [tokens]),
         weights: Tensor::from_f32(&gpu, &vec![1.0; tokens], [tokens]),
         divisor: tokens as f32,

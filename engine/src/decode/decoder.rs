@@ -343,8 +343,7 @@ impl<'a> Decoder<'a> {
         let pass = || {
             gpu.as_for_rows(class, || {
                 let hidden = llama.pass(&canvas.tokens(&lanes), &lanes, cache);
-                let d = hidden.shape().last();
-                let hidden = if all { hidden } else { ops::gather(&hidden, &picked, d) };
+                let hidden = if all { hidden } else { ops::gather(&hidden, &picked) };
                 canvas.decide(&llama.logits(&hidden), question)
             })
         };

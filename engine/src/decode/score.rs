@@ -35,7 +35,6 @@ pub fn score(llama: &Llama, tokens: &[u32]) -> Result<Vec<Option<f32>>> {
         let n = end - start;
         let gpu = llama.gpu();
         let supervision = Supervision {
-            rows: Tensor::from_u32(gpu, &(0..n as u32).collect::<Vec<_>>(), [n]),
             targets: Tensor::from_u32(gpu, &tokens[start + 1..=end], [n]),
             weights: Tensor::from_f32(gpu, &vec![1.0; n], [n]),
             divisor: 1.0,

@@ -252,11 +252,23 @@ impl Llama {
     /// Final-normed hidden states f32 [B, T, D]. With `recompute`, each layer keeps only its input for the
     /// backward pass.
     pub fn hidden(&self, inputs: &Inputs, recompute: bool) -> Tensor {
+        self.hidden_of(inputs, None, recompute)
+    }
+
+    /// [`Llama::hidden`] of some rows of the [B T], u32 [R], distinct: [R, D]. What only the others need is not
+    /// computed: in the last layer, all but their keys and values.
+    pub fn hidden_at(&self, inputs: &Inputs, rows: &Tensor, recompute: bool) -> Tensor {
+        self.hidden_of(inputs, Some(rows), recompute)
+    }
+
+    fn hidden_of(&self, inputs: &Inputs, rows: Option<&Tensor>, recompute: bool) -> Tensor {
         let mut x = embedding(&inputs.tokens, &self.embed.shards);
-        for layer in &self.layers {
+        for (i, layer) in self.layers.iter().enumerate() {
             let (layer, inv_freq) = (layer.clone(), self.inv_freq.clone());
             let (positions, options) = (inputs.positions.clone(), inputs.attention.clone());
-            let forward = move |x: &Tensor| layer.forward(x, &positions, &inv_freq, &options);
+            let rows = rows.filter(|_| i + 1 == self.layers.len()).cloned();
+            let forward =
+                move |x: &Tensor| layer.forward(x, &positions, &inv_freq, &options, rows.as_ref());
             x = if recompute { checkpoint(&x, forward) } else { forward(&x) };
         }
         rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
@@ -350,13 +362,14 @@ impl Layer {
         [input_norm, q, k, v, o, post_norm, gate, up, down]
     }
 
-    /// One block: x [B, T, D] → [B, T, D].
+    /// One block: x [B, T, D] → [B, T, D], or those of its rows that are wanted, [R, D].
     fn forward(
         &self,
         x: &Tensor,
         positions: &Tensor,
         inv_freq: &Tensor,
         options: &AttentionOptions,
+        rows: Option<&Tensor>,
     ) -> Tensor {
         let [b, t] = [x.shape()[0], x.shape()[1]];
         let h = rms_norm(x, &self.input_norm.shards[0], self.eps);
@@ -365,7 +378,10 @@ impl Layer {
         let k = rope(&heads(&self.k, self.kv_heads), positions, inv_freq);
         let v = heads(&self.v, self.kv_heads);
         let a = attention(&q, &k, &v, options).reshape([b, t, self.heads * self.head_dim]);
-        let x = self.o.onto(x, &a);
+        let x = match rows {
+            None => self.o.onto(x, &a),
+            Some(rows) => self.o.onto(&ops::gather(x, rows), &ops::gather(&a, rows)),
+        };
         let h = rms_norm(&x, &self.post_norm.shards[0], self.eps);
         let f = swiglu(&self.gate.forward(&h), &self.up.forward(&h));
         self.down.onto(&x, &f)

@@ -3,6 +3,7 @@
 mod attention;
 mod elementwise;
 mod embedding;
+mod gather;
 mod linear;
 mod linear_cross_entropy;
 mod matmul;
@@ -29,8 +30,8 @@ pub use elementwise::{
     square, sub, tanh,
 };
 pub use embedding::embedding;
+pub use gather::gather;
 pub use linear::{beside, linear, linear_onto, rows};
-pub(crate) use linear_cross_entropy::gather;
 pub use linear_cross_entropy::{CrossEntropy, Supervision, linear_cross_entropy};
 pub use matmul::{Layout, MatmulKernel, Product, matmul};
 pub use norm_linear::{norm_linear, norm_swiglu};
@@ -51,6 +52,7 @@ pub fn cases() -> Vec<case::Case> {
         attention::cases(),
         elementwise::cases(),
         embedding::cases(),
+        gather::cases(),
         linear::cases(),
         linear_cross_entropy::cases(),
         matmul::cases(),
