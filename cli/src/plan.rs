@@ -11,8 +11,8 @@ use demask_trainer::recipe::Recipe;
 use serde_json::json;
 
 use crate::args::Common;
-use crate::tune::TuneArgs;
-use crate::{train, ui};
+use crate::tune::{TuneArgs, rows_of};
+use crate::ui;
 
 /// Plans a run within `memory` bytes, if it is known how many there are.
 pub fn run(
@@ -27,7 +27,7 @@ pub fn run(
     let planned = |recipe: &Recipe| {
         plan(&gpu, recipe, out, &|model| {
             if let Some(tuning) = &tuning {
-                tuning.rehearse(&products(model, &train::rows(recipe), true));
+                tuning.rehearse(&products(model, &rows_of(recipe), true));
             }
         })
     };

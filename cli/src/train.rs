@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::args::{Bytes, Common};
 use crate::data::Bar;
-use crate::tune::TuneArgs;
+use crate::tune::{TuneArgs, rows_of};
 use crate::ui::Notices;
 use crate::{interrupt, plan, ui};
 
@@ -111,7 +111,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     interrupt::listen("saving a checkpoint after this step");
     let notices = args.common.notices();
     let (length, batch) = (recipe.data.length, recipe.optimizer.batch);
-    let rows = rows(&recipe);
+    let rows = rows_of(&recipe);
     let total = recipe.total_steps();
     let gpu = args.common.open_gpu_within(memory)?;
     notices.say(&format!("device     {}", gpu.adapter().describe()));
@@ -245,12 +245,6 @@ fn replay(trainer: &Trainer, path: &Path, json: bool) -> Result<ExitCode> {
         ui::print(&format!("{:>8.3}  {text}\n", ce(i)))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Rows of a plain pass, and of the two copies of block diffusion.
-pub fn rows(recipe: &Recipe) -> [usize; 2] {
-    let rows = recipe.data.length * recipe.optimizer.micro_batch;
-    [rows, 2 * rows]
 }
 
 /// What is worth a line of its own.

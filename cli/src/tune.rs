@@ -7,6 +7,7 @@ use clap::Args;
 use demask_engine::gpu::Gpu;
 use demask_engine::ops::Product;
 use demask_engine::tune::{Tuning, cache_dir};
+use demask_trainer::recipe::Recipe;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::ui::{Notices, complain};
@@ -82,4 +83,10 @@ pub fn prepare(
         }
     }
     Ok(())
+}
+
+/// Rows that a run's products have: of a plain pass, and of the two copies of block diffusion.
+pub fn rows_of(recipe: &Recipe) -> [usize; 2] {
+    let rows = recipe.data.length * recipe.optimizer.micro_batch;
+    [rows, 2 * rows]
 }

@@ -9,7 +9,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::Sampling;
-use super::options::Order;
+use super::options::{MOST_STOPS, Order};
 use crate::Result;
 use crate::gpu::{Gpu, Kernel, ReadBack, kernel};
 use crate::ops::Lanes;
@@ -28,8 +28,6 @@ const LANES: (&str, u32) = ("WG", 64);
 const OFFER: usize = 8;
 const RECORD: usize = 4;
 const STATE: usize = 4;
-/// Stop tokens that a sequence may have.
-pub(super) const MOST_STOPS: usize = 16;
 /// A temperature above this drowns every logit just the same, and does not overflow.
 const HOTTEST: f32 = 1e30;
 

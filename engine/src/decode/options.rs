@@ -1,9 +1,10 @@
 //! What is asked of a decoding, and what of it is refused.
 
-use super::canvas::MOST_STOPS;
 use crate::model::{DiffusionAttention, LlamaConfig};
 use crate::{Error, Result};
 
+/// Stop tokens that a sequence may have.
+pub(super) const MOST_STOPS: usize = 16;
 /// Block length of the published Stable-DiffCoder models, for configurations that name none.
 const DEFAULT_BLOCK_LENGTH: usize = 4;
 /// The same for models that were not trained on blocks.

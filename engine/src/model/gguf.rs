@@ -15,7 +15,6 @@ pub(crate) mod llama;
 pub(crate) mod write;
 
 use cursor::{Cursor, KIND_STRING, Value};
-pub use write::write_gguf;
 
 /// Most metadata pairs, and most tensors. A thousand layers have 9,219 tensors.
 const MAX_ENTRIES: u64 = 1 << 16;

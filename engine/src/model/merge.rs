@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::config::LlamaConfig;
-use super::gguf::write_gguf;
+use super::gguf::write::write_gguf;
 use super::lora::Lora;
 use super::parameter::saved_type;
 use super::save::{SaveTensor, Sink, save_model};
@@ -77,7 +77,8 @@ pub fn convert(model: &Path, out: &Path, dtype: StoredType, hear: Hear<'_>) -> R
     if out.extension().is_some_and(|extension| extension == "gguf") {
         let (config, weights) = Weights::open(model)?;
         let tokenizer = Tokenizer::for_model(model, &config)?;
-        return write_gguf(out, &config, &weights, &tokenizer, dtype, hear);
+        let tokenizer = tokenizer.to_gguf(out, &config)?;
+        return write_gguf(out, &config, &weights, tokenizer, dtype, hear);
     }
     if !dtype.is_float() {
         let reason = format!(

@@ -7,7 +7,6 @@ use std::path::Path;
 use super::llama::{ROPE_FREQS, gguf_name};
 use crate::model::config::{LlamaConfig, RopeScaling};
 use crate::model::save::write_file;
-use crate::model::tokenizer::Tokenizer;
 use crate::model::weights::quant::quantise;
 use crate::model::weights::{StoredType, Weights};
 use crate::{Error, Result};
@@ -42,22 +41,21 @@ impl Entry {
     }
 }
 
-/// Writes `path`, replacing it at once when it is complete. Matrices become `dtype`, vectors stay f32. `progress` hears
-/// the share done.
+/// Writes `path`, replacing it at once when it is complete. Matrices become `dtype`, vectors stay f32; `tokenizer` is
+/// what `Tokenizer::to_gguf` says of it. `progress` hears the share done.
 ///
 /// # Errors
-/// If rows are no whole blocks of `dtype`, the tokenizer is of a kind that llama.cpp does not know, or the file cannot
-/// be written.
-pub fn write_gguf(
+/// If rows are no whole blocks of `dtype`, or the file cannot be written.
+pub(crate) fn write_gguf(
     path: &Path,
     config: &LlamaConfig,
     weights: &Weights,
-    tokenizer: &Tokenizer,
+    tokenizer: Vec<(String, Meta)>,
     dtype: StoredType,
     progress: &mut dyn FnMut(f64),
 ) -> Result<()> {
-    let mut meta = architecture(config, dtype)?;
-    meta.extend(tokenizer.to_gguf(path, config)?);
+    let mut meta = architecture(config, dtype);
+    meta.extend(tokenizer);
     let factors = rope_factors(config);
     let mut entries = Vec::new();
     for (hf, shape) in config.parameters() {
@@ -135,7 +133,7 @@ fn padding(bytes: u64) -> usize {
     (bytes.next_multiple_of(ALIGNMENT) - bytes) as usize
 }
 
-fn architecture(config: &LlamaConfig, dtype: StoredType) -> Result<Vec<(String, Meta)>> {
+fn architecture(config: &LlamaConfig, dtype: StoredType) -> Vec<(String, Meta)> {
     let number = |n: usize| Meta::U32(n as u32);
     let mut meta = vec![
         ("general.architecture", Meta::Text("llama".into())),
@@ -169,7 +167,7 @@ fn architecture(config: &LlamaConfig, dtype: StoredType) -> Result<Vec<(String, 
         let word = serde_json::json!(config.diffusion_attention);
         meta.push(("demask.diffusion_attention", Meta::Text(word.as_str().unwrap_or("").into())));
     }
-    Ok(meta.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
+    meta.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
 /// llama.cpp's `LLAMA_FTYPE` of a file that is mostly of this type; it only prints it.
