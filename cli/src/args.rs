@@ -1,13 +1,22 @@
 //! Options that several commands share, under the same names, and what they open.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use demask_engine::gpu::{ADAPTER_ENV, Gpu, GpuOptions};
-use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, Weights};
+use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, StoredType, Weights};
+use serde_json::json;
 
-use crate::ui::Notices;
+use crate::ui::{self, Notices};
+
+/// Takes the name of one of these types.
+pub fn type_parser(types: &[StoredType]) -> impl TypedValueParser<Value = StoredType> {
+    let known = |name: String| StoredType::ALL.into_iter().find(|t| t.name() == name);
+    PossibleValuesParser::new(types.iter().map(|t| t.name()))
+        .map(move |name| known(name).expect("only known names are possible"))
+}
 
 /// Where to compute, and how much to say.
 #[derive(Args)]
@@ -39,6 +48,16 @@ impl Output {
     /// The channel for notices.
     pub fn notices(&self) -> Notices {
         Notices::new(self.quiet)
+    }
+
+    /// Says that a model was written.
+    pub fn model_written(&self, out: &Path, dtype: StoredType) -> Result<()> {
+        match self.json {
+            true => ui::print_json(
+                &json!({ "out": out.display().to_string(), "type": format!("{dtype:?}") }),
+            ),
+            false => ui::print(&format!("{}\n", out.display())),
+        }
     }
 }
 
@@ -181,7 +200,7 @@ impl From<PrecisionArg> for Precision {
 }
 
 /// The text of a file, or of stdin for `-`.
-pub fn read_text(path: &std::path::Path) -> Result<String> {
+pub fn read_text(path: &Path) -> Result<String> {
     if path.as_os_str() == "-" {
         return std::io::read_to_string(std::io::stdin()).context("cannot read stdin as UTF-8");
     }

@@ -4,12 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::ValueEnum;
 use demask_engine::model::StoredType;
 use demask_engine::model::merge::{convert, written_type};
-use serde_json::json;
 
-use crate::args::Output;
+use crate::args::{Output, type_parser};
 use crate::ui;
 
 const EXAMPLES: &str = "\
@@ -35,56 +33,22 @@ pub struct Args {
     out: PathBuf,
 
     /// Type of the matrices written [default: the model's own, bf16 if it is quantised]
-    #[arg(long = "type", value_enum, value_name = "TYPE")]
-    dtype: Option<TypeArg>,
+    ///
+    /// A folder holds floats. In GGUF, q8_0 takes 8.5 bits a weight, q6_k 6.6, q4_1 5, q4_k and q4_0
+    /// 4.5.
+    #[arg(long = "type", value_parser = type_parser(&StoredType::ALL), value_name = "TYPE")]
+    dtype: Option<StoredType>,
 
     #[command(flatten)]
     output: Output,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-#[value(rename_all = "snake_case")]
-enum TypeArg {
-    F32,
-    F16,
-    Bf16,
-    /// 8.5 bits a weight
-    #[value(name = "q8_0")]
-    Q8_0,
-    /// 6.6 bits
-    #[value(name = "q6_k")]
-    Q6K,
-    /// 5 bits
-    #[value(name = "q4_1")]
-    Q4_1,
-    /// 4.5 bits
-    #[value(name = "q4_k")]
-    Q4K,
-    /// 4.5 bits
-    #[value(name = "q4_0")]
-    Q4_0,
-}
-
 pub fn run(args: Args) -> Result<ExitCode> {
-    let dtype = match args.dtype {
-        None => written_type(&args.model)?,
-        Some(TypeArg::F32) => StoredType::F32,
-        Some(TypeArg::F16) => StoredType::F16,
-        Some(TypeArg::Bf16) => StoredType::BF16,
-        Some(TypeArg::Q8_0) => StoredType::Q8_0,
-        Some(TypeArg::Q6K) => StoredType::Q6_K,
-        Some(TypeArg::Q4_1) => StoredType::Q4_1,
-        Some(TypeArg::Q4K) => StoredType::Q4_K,
-        Some(TypeArg::Q4_0) => StoredType::Q4_0,
-    };
+    let dtype = args.dtype.map_or_else(|| written_type(&args.model), Ok)?;
     let bar = ui::share_bar(args.output.notices());
     let mut hear = |share: f64| bar.set_position((share * 1000.0) as u64);
     convert(&args.model, &args.out, dtype, &mut hear)?;
     bar.finish_and_clear();
-    let out = args.out.display().to_string();
-    match args.output.json {
-        true => ui::print_json(&json!({ "out": out, "type": format!("{dtype:?}") }))?,
-        false => ui::print(&format!("{out}\n"))?,
-    }
+    args.output.model_written(&args.out, dtype)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,12 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::ValueEnum;
 use demask_engine::model::merge::{average, merge, written_type};
 use demask_engine::model::{Lora, StoredType};
-use serde_json::json;
 
-use crate::args::Output;
+use crate::args::{Output, type_parser};
 use crate::ui;
 
 const EXAMPLES: &str = "\
@@ -38,19 +36,14 @@ pub struct Args {
     out: PathBuf,
 
     /// Type of the weights written [default: the first model's, bf16 if it is quantised]
-    #[arg(long = "type", value_enum, value_name = "TYPE")]
-    dtype: Option<TypeArg>,
+    #[arg(long = "type", value_parser = type_parser(&FLOATS), value_name = "TYPE")]
+    dtype: Option<StoredType>,
 
     #[command(flatten)]
     output: Output,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum TypeArg {
-    F32,
-    F16,
-    Bf16,
-}
+const FLOATS: [StoredType; 3] = [StoredType::F32, StoredType::F16, StoredType::BF16];
 
 pub fn run(args: Args) -> Result<ExitCode> {
     match (&args.lora, args.models.len()) {
@@ -58,12 +51,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         (Some(_), _) => crate::usage("merge", "--lora goes with one model, its base"),
         (None, _) => crate::usage("merge", "give --lora, or several models to average"),
     }
-    let dtype = match args.dtype {
-        None => written_type(&args.models[0])?,
-        Some(TypeArg::F32) => StoredType::F32,
-        Some(TypeArg::F16) => StoredType::F16,
-        Some(TypeArg::Bf16) => StoredType::BF16,
-    };
+    let dtype = args.dtype.map_or_else(|| written_type(&args.models[0]), Ok)?;
     let bar = ui::share_bar(args.output.notices());
     let mut hear = |share: f64| bar.set_position((share * 1000.0) as u64);
     match &args.lora {
@@ -71,10 +59,6 @@ pub fn run(args: Args) -> Result<ExitCode> {
         None => average(&args.models, &args.out, dtype, &mut hear)?,
     }
     bar.finish_and_clear();
-    let out = args.out.display().to_string();
-    match args.output.json {
-        true => ui::print_json(&json!({ "out": out, "type": format!("{dtype:?}") }))?,
-        false => ui::print(&format!("{out}\n"))?,
-    }
+    args.output.model_written(&args.out, dtype)?;
     Ok(ExitCode::SUCCESS)
 }

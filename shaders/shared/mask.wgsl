@@ -6,7 +6,8 @@
 // SPANS 1   a token also stays in its document: spans[b, position] = (first, end) over positions, both nondecreasing
 // SPANS 2   the rows continue sequences that share a cache; b is one of these, p.mask is 0, and spans[b] tells of the
 //           sequence: its first row, its rows, the first one's position, tokens in a block (0 sees all of its own), the
-//           slot of its first token, how many tokens lie there, the slot of the others; and one number unused
+//           slot of its first token, how many tokens lie there, the slot of the others; and one number unused. Keys go
+//           by position, so that sums have one order wherever the tokens lie.
 // So a query sees two ranges of keys, [x, y) and [z, w), and a key is seen by two ranges of queries; either may be
 // empty. Their ends do not decrease within a half, so a tile's ranges run from its first token's to its last's.
 override SPANS: u32 = 0u;
@@ -26,23 +27,15 @@ fn clip(batch: u32, position: u32, range: vec2<u32>) -> vec2<u32> {
     return vec2<u32>(first, max(first, min(range.y, document.y)));
 }
 
-// Slots of the cache that a row of a sequence sees.
-fn slots_of(sequence: u32, row: u32) -> vec4<u32> {
-    let at = sequence * 8u;
-    let block = spans[at + 3u];
-    var end = spans[at + 2u] + spans[at + 1u];
-    if block > 0u {
-        end = min(end, ((spans[at + 2u] + row) / block + 1u) * block);
-    }
-    let first = spans[at + 4u];
-    let rest = spans[at + 6u];
-    let near = min(end, spans[at + 5u]);
-    return vec4<u32>(first, first + near, rest, rest + end - near);
-}
-
 fn keys_of(batch: u32, query: u32) -> vec4<u32> {
     if SPANS == SEQUENCES {
-        return slots_of(batch, query);
+        let at = batch * 8u;
+        let block = spans[at + 3u];
+        var end = spans[at + 2u] + spans[at + 1u];
+        if block > 0u {
+            end = min(end, ((spans[at + 2u] + query) / block + 1u) * block);
+        }
+        return vec4<u32>(0u, end, 0u, 0u);
     }
     if p.mask != TWO_COPY {
         let end = select(p.tk, min(p.tk, (query / p.block + 1u) * p.block), p.mask == 1u);
@@ -97,9 +90,11 @@ fn query_at(batch: u32, kv_head: u32, row: vec4<u32>) -> vec4<u32> {
 
 // The same for key rows.
 fn key_at(batch: u32, kv_head: u32, row: vec4<u32>) -> vec4<u32> {
-    var first = batch * p.tk;
     if SPANS == SEQUENCES {
-        first = 0u;
+        let at = batch * 8u;
+        let shared_tokens = vec4<u32>(spans[at + 5u]);
+        let slot = select(spans[at + 6u] + row - shared_tokens, spans[at + 4u] + row, row < shared_tokens);
+        return slot * p.kv_heads + kv_head;
     }
-    return (first + row) * p.kv_heads + kv_head;
+    return (batch * p.tk + row) * p.kv_heads + kv_head;
 }

@@ -74,6 +74,7 @@ fn help_teaches_and_is_a_success() {
         &["tokenizer", "train"],
         &["report"],
         &["merge"],
+        &["convert"],
     ] {
         let output = demask(&[command, &["--help"]].concat());
         let help = text(&output.stdout);

@@ -62,6 +62,12 @@ impl History {
         }
     }
 
+    /// Takes note that the run went back to where this history was written, for the n-th time, and goes on with other
+    /// text: it has its whole patience again.
+    pub fn went_back(&mut self, rollbacks: usize, passed_over: u64) {
+        (self.rollbacks, self.passed_over, self.skipped) = (rollbacks, passed_over, 0);
+    }
+
     /// Forgets the norms: another objective has others.
     pub fn forget(&mut self) {
         self.norms.clear();
@@ -89,5 +95,16 @@ mod tests {
         assert!(matches!(history.judge(&GUARD, f64::INFINITY), Verdict::GoBack(_)));
         history.forget();
         assert_eq!(history.limit(&GUARD), f32::INFINITY);
+    }
+
+    #[test]
+    fn going_back_renews_the_patience() {
+        let mut history = History::default();
+        assert!(matches!(history.judge(&GUARD, f64::NAN), Verdict::Skipped(_)));
+        // A checkpoint may be written between two skipped steps.
+        history.went_back(1, 8);
+        assert_eq!((history.rollbacks, history.passed_over), (1, 8));
+        assert!(matches!(history.judge(&GUARD, f64::NAN), Verdict::Skipped(_)));
+        assert!(matches!(history.judge(&GUARD, f64::NAN), Verdict::GoBack(_)));
     }
 }

@@ -362,7 +362,7 @@ impl Trainer {
         let passed_over = self.history.passed_over + cursor(failed) - cursor(state.step);
         let rollbacks = self.history.rollbacks + 1;
         self.history = state.history;
-        (self.history.rollbacks, self.history.passed_over) = (rollbacks, passed_over);
+        self.history.went_back(rollbacks, passed_over);
         self.step = state.step;
         self.tensorboard = TensorBoard::open(&self.run.join("tensorboard"), self.step)?;
         Ok(self.step)

@@ -258,7 +258,7 @@ impl<'a> Decoder<'a> {
                 let mut own = Vec::new();
                 active.sequence.read(&rows, &mut own);
                 events.extend(own.into_iter().map(|event| (id, event)));
-                self.run(&[lane], PREFILL_ROWS);
+                self.run(&[lane]);
                 // Nothing is read back, but a caller who breaks off should not wait for the whole prompt.
                 self.llama.gpu().sync()?;
                 Ok(true)
@@ -305,7 +305,7 @@ impl<'a> Decoder<'a> {
                     }
                     Next::Read(rows) => {
                         let lane = active.lane(0, &rows);
-                        self.run(&[lane], PREFILL_ROWS);
+                        self.run(&[lane]);
                     }
                 }
             }
@@ -357,9 +357,9 @@ impl<'a> Decoder<'a> {
     }
 
     /// Runs rows of one sequence that nothing is decided about.
-    fn run(&mut self, lanes: &[Lane], class: usize) {
-        let lanes = Lanes::new(self.llama.gpu(), lanes);
-        let class = (self.room.sequences > 1).then_some(class);
+    fn run(&mut self, lanes: &[Lane]) {
+        let lanes = Lanes::new(self.llama.gpu(), lanes).of_many_rows();
+        let class = (self.room.sequences > 1).then_some(PREFILL_ROWS);
         let (llama, canvas, cache) = (self.llama, &self.canvas, &mut self.cache);
         llama.gpu().as_for_rows(class, || llama.pass(&canvas.tokens(&lanes), &lanes, cache));
     }

@@ -83,8 +83,8 @@ pub enum Schedule {
     Threshold(f32),
     /// The r-th position if its priority is at least 1 − f / (r + 1), counted from 1 (the same paper).
     Factor(f32),
-    /// The positions of least entropy as long as these sum to at most this, in nats (arXiv 2505.24857). Orders by
-    /// entropy whatever else is asked.
+    /// The positions of least entropy as long as these sum to at most this, in nats; arXiv 2505.24857 bounds the sum
+    /// without its largest term. Orders by entropy whatever else is asked.
     EntropyBound(f32),
 }
 

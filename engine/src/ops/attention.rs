@@ -29,6 +29,9 @@ const FEW_HEAD_DIM: usize = 128;
 /// The largest head dimension of [`AttentionKernel::Subgroup8`], whose accumulators are written out.
 const SUBGROUP8_HEAD_DIM: usize = 128;
 
+/// Pieces of the keys that a GPU works on side by side for a few rows over a cache.
+const PIECES: usize = 8;
+
 /// The kernels that can do the work; each is held to the same cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttentionKernel {
@@ -118,7 +121,7 @@ pub struct Lanes {
     slots: usize,
     /// Pieces of the keys that are worked on side by side. A fixed number, because another one is another order of
     /// sums, and a sequence's numbers should not depend on its company.
-    splits: usize,
+    pieces: usize,
 }
 
 impl Lanes {
@@ -149,8 +152,14 @@ impl Lanes {
             rows,
             most_rows: lanes.iter().map(|lane| lane.rows).max().unwrap_or(0),
             slots: lanes.iter().map(reached).max().unwrap_or(0),
-            splits: if gpu.adapter().is_software() { 1 } else { 8 },
+            pieces: if gpu.adapter().is_software() { 1 } else { PIECES },
         }
+    }
+
+    /// The same with the keys in one piece, for passes of many rows: where pieces end depends on which rows lie in a
+    /// tile, hence on where a prompt's reading began.
+    pub fn of_many_rows(self) -> Lanes {
+        Lanes { pieces: 1, ..self }
     }
 
     /// Position and slot of each row: u32 [R, 2].
@@ -211,7 +220,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions)
 pub fn attention_cached(q: &Tensor, k: &Tensor, v: &Tensor, lanes: &Lanes) -> Tensor {
     let call = Call::cached(q, k, v, lanes);
     let kernel = choose(q.gpu(), &call);
-    let (o, _) = call.forward(kernel, lanes.splits, q, k, v);
+    let (o, _) = call.forward(kernel, lanes.pieces, q, k, v);
     o.record_none("attention_cached", &[q, k, v])
 }
 

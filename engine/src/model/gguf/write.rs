@@ -4,7 +4,7 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use super::llama::{ROPE_FREQS, gguf_name};
+use super::llama::{ROPE_FREQS, RowOrder, gguf_name, row_order};
 use crate::model::config::{LlamaConfig, RopeScaling};
 use crate::model::save::write_file;
 use crate::model::weights::quant::quantise;
@@ -108,13 +108,13 @@ fn tensor(
     hf: &str,
     entry: &Entry,
 ) -> Result<()> {
-    let order = super::llama::row_order(hf, config);
+    let order = row_order(hf, config);
     let (rows, columns) = (entry.shape[0], entry.shape[1..].iter().product::<usize>());
     let most = (PIECE / columns.max(1)).max(1);
     for first in (0..rows).step_by(most) {
         let end = (first + most).min(rows);
         let values = match order {
-            super::llama::RowOrder::Same => weights.rows_f32(hf, first..end)?,
+            RowOrder::Same => weights.rows_f32(hf, first..end)?,
             interleaved => {
                 let mut values = Vec::with_capacity((end - first) * columns);
                 for stored in first..end {

@@ -65,6 +65,20 @@ impl StoredType {
         Self::Q6_K,
     ];
 
+    /// Its name in lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q4_K => "q4_k",
+            Self::Q6_K => "q6_k",
+        }
+    }
+
     /// GGML's number of it, which GGUF files carry.
     pub fn ggml_number(self) -> u32 {
         match self {
