@@ -358,7 +358,7 @@ impl Stage {
         if !drawn && !self.json {
             ui::print(language.prompt)?;
         }
-        let answer = stream(model, &self.tokenizer, language.prompt, &ids, &options, output)?;
+        let answer = stream(model, &self.tokenizer, language.prompt, &ids, &options, output, None)?;
         if !drawn {
             self.say("")?;
         }

@@ -5,17 +5,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use clap::ValueEnum;
-use demask_engine::decode::{
-    self, DecodeOptions, Event, FinishReason, Generation, Mode, Order, Sampling, Schedule,
-};
-use demask_engine::model::{Llama, LlamaConfig, Tokenizer};
+use anyhow::Result;
+use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Generation, Request};
+use demask_engine::model::{Llama, Tokenizer};
 use demask_engine::tune;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs, read_text};
+use crate::decoding::{DecodingArgs, block_length, mode_name, pass_rows, reason_name};
 use crate::show::{Live, Stream, answer_text, harmless};
+use crate::steps::{Steps, StepsArgs};
 use crate::tune::TuneArgs;
 use crate::{interrupt, ui};
 
@@ -24,6 +23,7 @@ Examples:
   demask generate --model DIR --prompt 'def fibonacci(n):'
   demask generate --model DIR --prompt-file main.py --max-tokens 64 --show
   demask generate --model model.gguf --prompt 'Once upon' --temperature 0.8 --seed 7
+  demask generate --model DIR --prompt 'class Stack:' --trace steps.html --explain-steps
   echo 'import os' | demask generate --model DIR --prompt-file - --json | jq -r .text
 
 Block diffusion fills a block of tokens in a few forward passes: with --threshold
@@ -32,9 +32,6 @@ a pass commits every token the model is that sure of, with --steps a fixed share
 tokens come first.
 Autoregressive decoding commits one token per pass. The text goes to stdout, its
 speed to stderr.";
-
-/// Tokens of an answer where --max-tokens does not say.
-const DEFAULT_TOKENS: usize = 256;
 
 /// Continue a prompt, by block diffusion or one token at a time
 #[derive(clap::Args)]
@@ -52,94 +49,21 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
 
-    /// Longest answer in tokens [default: 256, or what the model's context leaves]
-    #[arg(long, value_name = "N")]
-    max_tokens: Option<usize>,
-
-    /// 0 takes the likeliest token; above 0 samples, 1 from the model's own distribution
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
-    temperature: f32,
-
-    /// Names the random draws: the same seed gives the same answer
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-
-    /// Sample among the N likeliest tokens only
-    #[arg(long, value_name = "N")]
-    top_k: Option<usize>,
-
-    /// Sample among the fewest tokens that together have this probability
-    #[arg(long, value_name = "P")]
-    top_p: Option<f32>,
-
-    /// Makes tokens that stand in the text already less likely, above 1
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
-    repetition_penalty: f32,
-
-    /// How to decode
-    #[arg(long, value_enum, default_value = "auto")]
-    mode: ModeArg,
-
-    /// Diffusion: tokens of a block [default: what the model was trained with]
-    #[arg(long, value_name = "N", help_heading = "Block diffusion")]
-    block_length: Option<usize>,
-
-    /// Diffusion: fill each block in this many forward passes
-    #[arg(long, value_name = "N", help_heading = "Block diffusion", group = "schedule")]
-    steps: Option<usize>,
-
-    /// Diffusion: each pass commits the tokens whose probability is at least this, and always the
-    /// best one [default: 0.95]
-    #[arg(long, value_name = "P", help_heading = "Block diffusion", group = "schedule")]
-    threshold: Option<f32>,
-
-    /// Diffusion: each pass commits the r-th surest token if its probability is at least
-    /// 1 - F / (r + 1), and always the best one
-    #[arg(long, value_name = "F", help_heading = "Block diffusion", group = "schedule")]
-    factor: Option<f32>,
-
-    /// Diffusion: each pass commits the tokens of least entropy as long as these sum to at most H
-    /// nats, and always the best one
-    #[arg(long, value_name = "H", help_heading = "Block diffusion", group = "schedule")]
-    entropy_bound: Option<f32>,
-
-    /// Diffusion: which tokens a pass commits first [default: confidence]
-    #[arg(long, value_enum, help_heading = "Block diffusion")]
-    order: Option<OrderArg>,
+    #[command(flatten)]
+    decoding: DecodingArgs,
 
     /// Draw the block being unmasked (on a terminal): ░ is open, colours tell the confidence
     #[arg(long, conflicts_with = "json")]
     show: bool,
 
     #[command(flatten)]
+    steps: StepsArgs,
+
+    #[command(flatten)]
     tune: TuneArgs,
 
     #[command(flatten)]
     common: Common,
-}
-
-/// How to decode.
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum ModeArg {
-    /// Diffusion if the model's config says that it was trained so, else ar
-    Auto,
-    /// One token per forward pass
-    Ar,
-    /// Block by block, several tokens per forward pass
-    Diffusion,
-}
-
-/// Which tokens come first.
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum OrderArg {
-    /// Those of the highest probability
-    Confidence,
-    /// Those with the largest lead over the second likeliest
-    Margin,
-    /// Those of least entropy
-    Entropy,
-    /// Any
-    Random,
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
@@ -153,7 +77,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         (None, None) => crate::usage("generate", "give --prompt or --prompt-file"),
     };
     let ids = tokenizer.encode(&prompt, true)?;
-    let options = args.options(&model.config, ids.len())?;
+    let options = args.decoding.options("generate", &model.config, ids.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu)?;
 
@@ -161,93 +85,47 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let products = tune::products(&llama, &rows, false);
     args.tune.prepare(&gpu, &products, args.common.notices())?;
 
-    let output = match (args.common.output.json, args.show && ui::stdout_is_terminal()) {
-        (true, _) => Output::Nothing,
-        (false, true) => Output::Live(Duration::ZERO),
-        (false, false) => Output::Stream,
-    };
-    let generation = stream(&llama, &tokenizer, &prompt, &ids, &options, output)?;
+    let output = Output::of(args.common.output.json, args.show);
+    let request = Request::answer(&model.config, &ids, &options)?;
+    let mut steps = args.steps.wanted().then(|| Steps::new(&tokenizer, &request));
+    let generation = stream(&llama, &tokenizer, &prompt, &ids, &options, output, steps.as_mut())?;
     let mode = mode_name(&options.mode);
+    let notices = args.common.notices();
+    let facts = [path.display().to_string(), gpu.adapter().describe(), summary(&generation, mode)];
+    let told = match &steps {
+        Some(steps) => args.steps.tell(steps, &facts, notices)?,
+        None => None,
+    };
     if args.common.output.json {
-        let Generation { prompt_token_ids, token_ids, forwards, seconds, .. } = &generation;
-        let n = token_ids.len() as f64;
-        ui::print_json(&json!({
-            "prompt_token_ids": prompt_token_ids,
-            "token_ids": token_ids,
-            "text": answer_text(&tokenizer, &ids, token_ids),
-            "tokens_per_second": n / seconds.max(1e-9),
-            "tokens_per_forward": n / (*forwards).max(1) as f64,
-            "forwards": forwards,
-            "seconds": seconds,
-            "mode": mode,
-            "finish_reason": reason_name(generation.finish_reason),
-            "model": path.display().to_string(),
-            "adapter": gpu.adapter().describe(),
-            "peak_bytes": gpu.memory().peak,
-        }))?;
+        let mut answer = as_json(&tokenizer, &generation, mode);
+        answer["model"] = json!(path.display().to_string());
+        answer["adapter"] = json!(gpu.adapter().describe());
+        answer["peak_bytes"] = json!(gpu.memory().peak);
+        if let Some(told) = told {
+            answer["steps"] = told;
+        }
+        ui::print_json(&answer)?;
     }
-    args.common.notices().say(&summary(&generation, mode));
+    notices.say(&summary(&generation, mode));
     Ok(ExitCode::SUCCESS)
 }
 
-/// Rows of the passes that fill positions.
-fn pass_rows(options: &DecodeOptions) -> usize {
-    match &options.mode {
-        // With the block before, whose keys are still to be written.
-        Mode::Block(block) => 2 * block.block_length,
-        Mode::Autoregressive => 1,
-    }
-}
-
-impl Args {
-    fn options(&self, config: &LlamaConfig, prompt: usize) -> Result<DecodeOptions> {
-        let diffusion = match self.mode {
-            ModeArg::Auto => config.is_diffusion(),
-            ModeArg::Ar => false,
-            ModeArg::Diffusion => true,
-        };
-        let mut options = match diffusion {
-            true => DecodeOptions::block(config).context("--mode diffusion")?,
-            false => DecodeOptions::autoregressive(config),
-        };
-        let schedules = [
-            self.steps.map(|steps| Schedule::Fixed { steps }),
-            self.threshold.map(Schedule::Threshold),
-            self.factor.map(Schedule::Factor),
-            self.entropy_bound.map(Schedule::EntropyBound),
-        ];
-        let schedule = schedules.into_iter().flatten().next();
-        let for_blocks = self.block_length.is_some() || schedule.is_some() || self.order.is_some();
-        match &mut options.mode {
-            Mode::Block(block) => {
-                block.block_length = self.block_length.unwrap_or(block.block_length);
-                block.schedule = schedule.unwrap_or(block.schedule);
-                block.order = match self.order {
-                    None | Some(OrderArg::Confidence) => Order::Confidence,
-                    Some(OrderArg::Margin) => Order::Margin,
-                    Some(OrderArg::Entropy) => Order::Entropy,
-                    Some(OrderArg::Random) => Order::Random,
-                };
-            }
-            Mode::Autoregressive if for_blocks => crate::usage(
-                "generate",
-                "--block-length, --steps, --threshold, --factor, --entropy-bound and --order are \
-                 for --mode diffusion, and this model decodes autoregressively unless you say so",
-            ),
-            Mode::Autoregressive => {}
-        }
-        let room = config.max_position_embeddings.saturating_sub(prompt).max(1);
-        options.max_tokens = self.max_tokens.unwrap_or(DEFAULT_TOKENS.min(room));
-        options.sampling = Sampling {
-            temperature: self.temperature,
-            seed: self.seed,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            repetition_penalty: self.repetition_penalty,
-            forbidden: Vec::new(),
-        };
-        Ok(options)
-    }
+/// An answer for programs.
+pub fn as_json(tokenizer: &Tokenizer, generation: &Generation, mode: &str) -> Value {
+    let Generation { prompt_token_ids, token_ids, forwards, seconds, finish_reason, .. } =
+        generation;
+    let n = token_ids.len() as f64;
+    json!({
+        "prompt_token_ids": prompt_token_ids,
+        "token_ids": token_ids,
+        "text": answer_text(tokenizer, prompt_token_ids, token_ids),
+        "tokens_per_second": n / seconds.max(1e-9),
+        "tokens_per_forward": n / (*forwards).max(1) as f64,
+        "forwards": forwards,
+        "seconds": seconds,
+        "mode": mode,
+        "finish_reason": reason_name(*finish_reason),
+    })
 }
 
 /// Where an answer goes while it comes into being.
@@ -260,6 +138,17 @@ pub enum Output {
     Live(Duration),
 }
 
+impl Output {
+    /// As the options and the terminal have it.
+    pub fn of(json: bool, show: bool) -> Output {
+        match (json, show && ui::stdout_is_terminal()) {
+            (true, _) => Output::Nothing,
+            (false, true) => Output::Live(Duration::ZERO),
+            (false, false) => Output::Stream,
+        }
+    }
+}
+
 /// Generates and shows the answer; Ctrl-C ends it early. The time excludes waiting for the eye.
 pub fn stream(
     llama: &Llama,
@@ -268,6 +157,7 @@ pub fn stream(
     ids: &[u32],
     options: &DecodeOptions,
     output: Output,
+    mut steps: Option<&mut Steps>,
 ) -> Result<Generation> {
     let mut settled = Stream::new(tokenizer, ids, &options.eos_ids);
     let mut live = None;
@@ -287,6 +177,9 @@ pub fn stream(
     let mut failed = None;
     let mut ends_line = true;
     let mut hear = |event: &Event| -> Result<()> {
+        if let Some(steps) = &mut steps {
+            steps.hear(event);
+        }
         if let Some(live) = &mut live {
             return live.hear(event);
         }
@@ -320,30 +213,6 @@ pub fn stream(
         }
     }
     Ok(generation)
-}
-
-/// Positions that a mode fills together.
-fn block_length(mode: &Mode) -> usize {
-    match mode {
-        Mode::Block(block) => block.block_length,
-        Mode::Autoregressive => 1,
-    }
-}
-
-fn mode_name(mode: &Mode) -> &'static str {
-    match mode {
-        Mode::Block(_) => "diffusion",
-        Mode::Autoregressive => "ar",
-    }
-}
-
-fn reason_name(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Eos => "eos",
-        FinishReason::Length => "length",
-        FinishReason::Interrupted => "interrupted",
-        FinishReason::NotFinite(_) => "not_finite",
-    }
 }
 
 /// One line about an answer and its speed.

@@ -9,16 +9,21 @@ mod args;
 mod bench;
 mod convert;
 mod data;
+mod decoding;
 mod demo;
 mod doctor;
+mod edit;
 mod generate;
+mod infill;
 mod interrupt;
 mod merge;
+mod patch;
 mod plan;
 mod report;
 mod score;
 mod show;
 mod sources;
+mod steps;
 mod tokenizer;
 mod train;
 mod tune;
@@ -33,6 +38,8 @@ First steps:
   demask doctor        which GPU would be used, and whether it computes right
   demask demo          a small model writes code, learns for a minute, writes again
   demask generate --model DIR --prompt 'def fib(n):'
+  demask infill main.py --at 12:5 --model DIR
+  demask edit main.py --instruction 'add type hints' --model DIR
   demask score --model DIR --file main.py
   demask data build src/ --tokenizer MODEL --out data
   demask train recipe.toml --out runs/first
@@ -66,6 +73,8 @@ enum Command {
     Merge(merge::Args),
     Convert(convert::Args),
     Generate(generate::Args),
+    Infill(infill::Args),
+    Edit(edit::Args),
     Score(score::Args),
     Bench(bench::Args),
 }
@@ -95,6 +104,8 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Infill(args) => infill::run(args),
+        Command::Edit(args) => edit::run(args),
         Command::Score(args) => score::run(args),
         Command::Bench(args) => bench::run(args),
     };

@@ -1,29 +1,36 @@
-//! `demask score`: how probable a text is to a model, token by token. What people use to check that
-//! a port, a conversion or a quantisation is sound.
+//! `demask score`: how probable a text is to a model, token by token, and how far its predictions lie from another
+//! model's. What people use to check that a port, a conversion or a quantisation is sound.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
-use demask_engine::decode::{bits_per_byte, perplexity, score};
-use demask_engine::model::Tokenizer;
+use anyhow::{Result, bail, ensure};
+use demask_engine::decode::{Difference, Mode, bits_per_byte, compare, perplexity, score};
+use demask_engine::model::{Llama, Precision, Tokenizer, Weights};
 use serde_json::json;
 
 use crate::args::{Common, Ids, ModelArgs, read_text};
+use crate::decoding::{ModeArg, mode_name};
+use crate::show::token_text;
 use crate::ui;
 
 const EXAMPLES: &str = "\
 Examples:
   demask score --model DIR --text 'def f(x): return x'
   demask score --model model.gguf --file main.py
+  demask score --model DIR --file corpus.txt --window 1024
+  demask score --model model-q4.gguf --reference DIR --file main.py
   git show HEAD:main.py | demask score --model DIR --json | jq .perplexity
   demask score --model DIR --ids 1,15,9
 
-A token's score is its natural log-probability given the tokens before it, read
-causally whatever the model was trained for; the first token has none. Perplexity
-is exp of the mean negative score; bits per byte are the negative scores in bits
-over the bytes of the scored tokens.";
+A token's score is its natural log-probability given the tokens before it; the
+first one has none. Of a block-diffusion model it is that given the blocks before
+the token's own, which is hidden whole. Perplexity is exp of the mean negative
+score; bits per byte are the negative scores in bits over the bytes of the scored
+tokens.
+--reference compares what two models predict at each token: the Kullback-Leibler
+divergence from the reference, in nats, and how often both would choose the same.";
 
 /// Print each token's log-probability in a text, its perplexity and bits per byte
 #[derive(clap::Args)]
@@ -47,6 +54,19 @@ pub struct Args {
     /// Add the special tokens that the tokenizer adds to a text (such as a begin-of-text token)
     #[arg(long, conflicts_with = "ids")]
     add_special: bool,
+
+    /// How the text is read
+    #[arg(long, value_enum, default_value = "auto")]
+    mode: ModeArg,
+
+    /// Score the text in pieces of this many tokens, each by itself [default: as a whole]
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
+
+    /// Compare the model's predictions with this one's (Hugging Face folder or GGUF file), whose
+    /// weights are taken as f32
+    #[arg(long, value_name = "PATH")]
+    reference: Option<PathBuf>,
 
     #[command(flatten)]
     common: Common,
@@ -82,7 +102,17 @@ pub fn run(args: Args) -> Result<ExitCode> {
     };
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu)?;
-    let logprobs = score(&llama, &ids)?;
+    let mode = args.mode.mode(config)?;
+    let window = args.window.unwrap_or(ids.len()).max(1);
+    if let Some(reference) = &args.reference {
+        let (reference_config, weights) = Weights::open(reference)?;
+        let reference = Llama::from_weights(&gpu, &reference_config, &weights, Precision::F32)?;
+        return against(&args, &llama, &reference, &ids, &mode, window);
+    }
+    let mut logprobs = Vec::with_capacity(ids.len());
+    for piece in ids.chunks(window) {
+        logprobs.extend(score(&llama, piece, &mode)?);
+    }
     let lost = logprobs.iter().position(|p| p.is_some_and(|p| !p.is_finite()));
     if let Some(at) = lost {
         bail!(
@@ -92,7 +122,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
         );
     }
     let perplexity = perplexity(&logprobs);
-    let bits = tokenizer.as_ref().and_then(|t| bits_per_byte(&logprobs, scored_bytes(t, &ids)));
+    let bits =
+        tokenizer.as_ref().and_then(|t| bits_per_byte(&logprobs, scored_bytes(t, &ids, &logprobs)));
     let tokens: Vec<Scored> = ids
         .iter()
         .zip(logprobs)
@@ -121,18 +152,69 @@ pub fn run(args: Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bytes of all tokens but the first, which is not scored. Special tokens stand for no text.
-fn scored_bytes(tokenizer: &Tokenizer, ids: &[u32]) -> usize {
-    let scored = ids.iter().skip(1).filter(|&&id| !tokenizer.is_special(id));
-    scored.filter_map(|&id| tokenizer.token_bytes(id)).map(<[u8]>::len).sum()
+/// Prints how the model's predictions differ from the reference's.
+fn against(
+    args: &Args,
+    llama: &Llama,
+    reference: &Llama,
+    ids: &[u32],
+    mode: &Mode,
+    window: usize,
+) -> Result<ExitCode> {
+    let bar = ui::share_bar(args.common.notices());
+    let mut all: Vec<Difference> = Vec::new();
+    for (i, piece) in ids.chunks(window).enumerate() {
+        all.extend(compare(llama, reference, piece, mode, |done| {
+            bar.set_position(((i * window + done) * 1000 / ids.len()) as u64);
+        })?);
+    }
+    bar.finish_and_clear();
+    ensure!(!all.is_empty(), "nothing to compare: no token of the text has one before it");
+    ensure!(
+        all.iter().all(|d| d.kl.is_finite()),
+        "no finite probabilities; the weights of one model are damaged, or too large for this --precision"
+    );
+    let n = all.len() as f64;
+    let mean = |value: &dyn Fn(&Difference) -> f64| all.iter().map(value).sum::<f64>() / n;
+    let mut divergences: Vec<f64> = all.iter().map(|d| d.kl).collect();
+    divergences.sort_by(f64::total_cmp);
+    let quantile = |q: f64| divergences[((n - 1.0) * q).round() as usize];
+    let [theirs, ours] = [0, 1].map(|i| (-mean(&|d| d.logprobs[i])).exp());
+    let same = mean(&|d| f64::from(u8::from(d.same_top)));
+    let kl = mean(&|d| d.kl);
+    if args.common.output.json {
+        ui::print_json(&json!({
+            "tokens": all.len(),
+            "mode": mode_name(mode),
+            "perplexity": ours,
+            "reference_perplexity": theirs,
+            "kl_mean": kl,
+            "kl_median": quantile(0.5),
+            "kl_p99": quantile(0.99),
+            "kl_max": quantile(1.0),
+            "same_top": same,
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    ui::print(&format!(
+        "tokens           {}\nperplexity       {ours:.4}, the reference's {theirs:.4} ({:+.2} %)\n\
+         divergence       mean {kl:.6}, median {:.6}, 99 % below {:.6}, largest {:.6} nats\n\
+         same choice      {:.2} %\n",
+        all.len(),
+        100.0 * (ours / theirs - 1.0),
+        quantile(0.5),
+        quantile(0.99),
+        quantile(1.0),
+        100.0 * same
+    ))?;
+    Ok(ExitCode::SUCCESS)
 }
 
-/// A token's own text; bytes that are no whole character appear as U+FFFD.
-fn token_text(tokenizer: &Tokenizer, id: u32) -> String {
-    match tokenizer.token_bytes(id) {
-        Some(bytes) if !tokenizer.is_special(id) => String::from_utf8_lossy(bytes).into_owned(),
-        _ => tokenizer.id_to_token(id).unwrap_or_default(),
-    }
+/// Bytes of the tokens that are scored. Special tokens stand for no text.
+fn scored_bytes(tokenizer: &Tokenizer, ids: &[u32], scores: &[Option<f32>]) -> usize {
+    let scored = ids.iter().zip(scores).filter(|(_, score)| score.is_some()).map(|(&id, _)| id);
+    let text = scored.filter(|&id| !tokenizer.is_special(id));
+    text.filter_map(|id| tokenizer.token_bytes(id)).map(<[u8]>::len).sum()
 }
 
 fn table(tokens: &[Scored]) -> String {

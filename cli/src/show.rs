@@ -69,6 +69,14 @@ pub fn answer_text(tokenizer: &Tokenizer, prompt: &[u32], answer: &[u32]) -> Str
     text + &stream.finish()
 }
 
+/// A token's own text; bytes that are no whole character appear as U+FFFD.
+pub fn token_text(tokenizer: &Tokenizer, id: u32) -> String {
+    match tokenizer.token_bytes(id) {
+        Some(bytes) if !tokenizer.is_special(id) => String::from_utf8_lossy(bytes).into_owned(),
+        _ => tokenizer.id_to_token(id).unwrap_or_default(),
+    }
+}
+
 /// Text that may go to a terminal: a model must not steer it by escape sequences.
 pub fn harmless(text: &str) -> String {
     let safe = |c: char| if c.is_control() && c != '\n' { '\u{FFFD}' } else { c };

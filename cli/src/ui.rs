@@ -112,6 +112,11 @@ pub fn dim(text: &str) -> String {
     Style::new().dim().apply_to(text).to_string()
 }
 
+/// The same on stderr.
+pub fn dim_stderr(text: &str) -> String {
+    Style::new().for_stderr().dim().apply_to(text).to_string()
+}
+
 /// [`dim`] line by line, so that the last line stands for itself.
 pub fn dim_lines(text: &str) -> String {
     let line = |line: &str| if line.is_empty() { String::new() } else { dim(line) };

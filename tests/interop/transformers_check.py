@@ -3,11 +3,12 @@
 
     python tests/interop/transformers_check.py [--demask PROGRAM] [--work DIR]
 
-For weights of transformers in f32, in bf16, and in shards with the head tied to the embedding:
+For weights of transformers in f32, in bf16, in shards with the head tied to the embedding, and for
+a Qwen2 (biases on q, k and v):
 
-  1. save_pretrained writes a small random Llama and its tokenizer;
+  1. save_pretrained writes a small random model and its tokenizer;
   2. `demask train` goes on from it, autoregressively and by block diffusion;
-  3. what it wrote is loaded by LlamaForCausalLM and AutoTokenizer: no tensor missing or left
+  3. what it wrote is loaded by AutoModelForCausalLM and AutoTokenizer: no tensor missing or left
      over, the same ids for a text, the same log-probabilities as `demask score`;
   4. torch repeats the steps on transformers' model: the same losses and gradient norms step by
      step, the same weights at the end.
@@ -29,7 +30,8 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
 LENGTH, BATCH, STEPS = 128, 4, 8
 SPECIAL = ["<|endoftext|>", "<|mask|>"]
@@ -99,14 +101,18 @@ def train_tokenizer(text):
 
 
 def write_base(folder, tokenizer, dtype, shard, tied):
-    """A random Llama with grouped heads, as transformers writes it."""
+    """A random model with grouped heads, as transformers writes it."""
     torch.manual_seed(20)
-    config = LlamaConfig(
+    kinds = (Qwen2Config, Qwen2ForCausalLM) if folder.name == "qwen2" else (LlamaConfig, LlamaForCausalLM)
+    config = kinds[0](
         vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=176,
         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
         max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=tied,
         bos_token_id=None, eos_token_id=EOS)
-    model = LlamaForCausalLM(config).to(dtype)
+    model = kinds[1](config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which begin at 0
+            torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder, max_shard_size=shard)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[EOS],
                             mask_token=SPECIAL[MASK]).save_pretrained(folder)
@@ -114,8 +120,8 @@ def write_base(folder, tokenizer, dtype, shard, tied):
 
 def load(folder):
     """The model in f32; no tensor may be missing, left over or of another shape."""
-    model, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                   output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                       output_loading_info=True)
     wrong = {key: value for key, value in info.items() if value}
     assert not wrong, f"{folder}: {wrong}"
     return model
@@ -141,8 +147,10 @@ def train(program, work, base, objective, more=""):
 
 def check_loads(report, program, case, folder, text):
     """Does transformers read in the folder what demask reads?"""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    scored = demask(program, "score", "--model", folder, "--text", text, "--quiet")["tokens"]
+    # For a Qwen2 transformers puts the splitting of Qwen's tokenizer into whatever tokenizer it finds.
+    kind = PreTrainedTokenizerFast if case.startswith("qwen2") else AutoTokenizer
+    tokenizer = kind.from_pretrained(folder)
+    scored = demask(program, "score", "--model", folder, "--text", text, "--mode", "ar", "--quiet")["tokens"]
     ids = [token["id"] for token in scored]
     report.check(case, "ids of a text", ids == tokenizer(text, add_special_tokens=False).input_ids)
     special = [tokenizer.eos_token_id, tokenizer.mask_token_id]
@@ -231,7 +239,8 @@ def main():
         ids = torch.tensor(tokenizer.encode(text).ids[:LENGTH * BATCH]).reshape(BATCH, LENGTH)
         for base, dtype, shard, tied in (("f32", torch.float32, "5GB", False),
                                          ("bf16", torch.bfloat16, "5GB", False),
-                                         ("sharded", torch.float32, "100KB", True)):
+                                         ("sharded", torch.float32, "100KB", True),
+                                         ("qwen2", torch.float32, "5GB", True)):
             write_base(work / base, tokenizer, dtype, shard, tied)
             files = len(list((work / base).glob("*.safetensors")))
             assert (files > 2) == (base == "sharded"), files

@@ -14,6 +14,11 @@ use tempfile::TempDir;
 
 /// A model of one layer with random weights and the small model's tokenizer; rows of 256 and 512.
 fn source() -> (TempDir, LlamaConfig) {
+    source_of(false)
+}
+
+/// The same as a Llama, or as a Qwen2.
+fn source_of(qkv_bias: bool) -> (TempDir, LlamaConfig) {
     let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
     let small_config = LlamaConfig::read(&small).unwrap();
     let files = Tokenizer::for_model(&small, &small_config).unwrap().files().unwrap();
@@ -24,6 +29,7 @@ fn source() -> (TempDir, LlamaConfig) {
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: 64,
+        qkv_bias,
         tie_word_embeddings: false,
         block_length: Some(8),
         diffusion_attention: DiffusionAttention::Causal,
@@ -95,6 +101,25 @@ fn gguf_files_hold_the_model_in_every_type() {
             assert!(bound == 0.0 || distance > bound / 20.0, "{name} as {dtype:?}: {distance}");
         }
     }
+}
+
+#[test]
+fn a_qwen2_keeps_its_biases_and_its_rows() {
+    let (source, config) = source_of(true);
+    let dir = tempfile::tempdir().unwrap();
+    let (_, original) = Weights::open(source.path()).unwrap();
+    let out = written(source.path(), dir.path(), StoredType::Q8_0);
+    let (read, weights) = Weights::open(&out).unwrap();
+    assert_eq!(read, config);
+    let bias = "model.layers.0.self_attn.k_proj.bias";
+    let values = |of: &Weights| of.rows_f32(bias, 0..128).unwrap();
+    assert_eq!(values(&original), values(&weights));
+    let folder = dir.path().join("again");
+    convert(&out, &folder, StoredType::F32, &mut |_| {}).unwrap();
+    let (read, weights) = Weights::open(&folder).unwrap();
+    assert_eq!((read, values(&weights)), (config, values(&original)));
+    let q = |of: &Weights| of.rows_f32("model.layers.0.self_attn.q_proj.weight", 0..256).unwrap();
+    assert!(distance(&q(&original), &q(&weights)) < 8e-3);
 }
 
 #[test]

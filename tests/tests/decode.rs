@@ -178,6 +178,37 @@ fn golden_decodings_are_reproduced() {
     }
 }
 
+/// The published sampler, replicated (`golden/reference_sampler.py`): prompts of every length modulo B, in fixed and
+/// threshold modes, with and without a stop token.
+#[test]
+fn the_reference_sampler_decodes_the_same_tokens() {
+    let Some(llama) = tiny() else { return };
+    let text = std::fs::read(golden("tiny/sampler.json")).expect("the golden is there");
+    let cases: Vec<Value> = serde_json::from_slice(&text).expect("valid JSON");
+    assert_eq!(cases.len(), 80);
+    for case in &cases {
+        let (prompt, eos) = (ids(&case["prompt"]), case["eos"].as_u64().map(|eos| eos as u32));
+        let schedule = match case["threshold"].as_f64() {
+            Some(threshold) => Schedule::Threshold(threshold as f32),
+            None => fixed(case["steps"].as_u64().expect("a number") as usize),
+        };
+        let max_tokens = case["gen_length"].as_u64().expect("a number") as usize;
+        let eos_ids = eos.into_iter().collect();
+        let options = DecodeOptions { eos_ids, ..block(4, schedule, max_tokens) };
+        let steps = case["commits"].as_array().expect("commits");
+        let want: Vec<Vec<usize>> =
+            steps.iter().map(|s| ids(s).into_iter().map(|i| i as usize).collect()).collect();
+        for options in [unfused(options.clone()), options] {
+            let (got, events) = run(&llama, &prompt, &options);
+            assert_eq!(got.token_ids, ids(&case["answer"]), "{case}");
+            let commits = commits(&events);
+            // A block with a stop token is left as soon as all before that is filled; the reference fills it whole.
+            let last = if eos.is_some() { commits.len() } else { want.len() };
+            assert_eq!(commits, want[..last], "{case}");
+        }
+    }
+}
+
 #[test]
 fn models_trained_without_blocks_decode_as_they_were_trained() {
     let Some(mut llama) = tiny() else { return };
@@ -309,7 +340,7 @@ fn prompts_are_read_in_pieces() {
     assert_eq!(events.iter().filter(prefilled).count(), 3);
     let logits = full_pass(&llama, &prompt, Mask::Causal);
     assert_eq!(best(&logits[1100], None).0, got.token_ids[0]);
-    let scores = score(&llama, &prompt).expect("a fine request");
+    let scores = score(&llama, &prompt, &Mode::Autoregressive).expect("a fine request");
     let want = f64::from(scores[1100].expect("all but the first are scored")).exp();
     let row = &logits[1099];
     let (top, p) = best(row, None);
@@ -542,8 +573,8 @@ fn requests_that_do_not_fit_are_refused() {
     for schedule in [Schedule::Factor(f32::NAN), Schedule::EntropyBound(f32::NAN)] {
         refused(&PROMPT, &change(fine.clone(), |b| b.schedule = schedule), "not a number");
     }
-    assert!(matches!(score(&llama, &[97]), Err(Error::Request(_))));
-    assert!(matches!(score(&llama, &[1; 257]), Err(Error::Request(_))));
+    assert!(matches!(score(&llama, &[97], &Mode::Autoregressive), Err(Error::Request(_))));
+    assert!(matches!(score(&llama, &[1; 257], &Mode::Autoregressive), Err(Error::Request(_))));
     // The golden model's configuration names no mask token.
     assert!(matches!(DecodeOptions::block(llama.config()), Err(Error::Request(_))));
     assert_eq!(DecodeOptions::for_model(llama.config()), causal);
@@ -573,7 +604,7 @@ fn scores_are_the_log_softmax_of_the_golden_logits() -> Result<()> {
     let logits: Vec<f32> = bytemuck::pod_collect_to_vec(&logits);
     let mut all = Vec::new();
     for (row, tokens) in tokens.chunks(37).enumerate() {
-        let scores = score(&llama, tokens)?;
+        let scores = score(&llama, tokens, &Mode::Autoregressive)?;
         assert_eq!((scores.len(), scores[0]), (37, None));
         for i in 1..37 {
             let z = &logits[(row * 37 + i - 1) * 97..][..97];
@@ -590,7 +621,7 @@ fn scores_are_the_log_softmax_of_the_golden_logits() -> Result<()> {
     assert!((perplexity(&all).expect("scores").ln() - loss).abs() < 1e-5);
     let bits = bits_per_byte(&all, 72).expect("bytes");
     assert!((bits - loss / std::f64::consts::LN_2).abs() < 1e-4);
-    assert_eq!(score(&llama, &[])?, []);
-    assert_eq!(score(&llama, &[5])?, [None]);
+    assert_eq!(score(&llama, &[], &Mode::Autoregressive)?, []);
+    assert_eq!(score(&llama, &[5], &Mode::Autoregressive)?, [None]);
     Ok(())
 }

@@ -621,6 +621,7 @@ impl Fresh {
             pad_token_id: None,
             block_length: None,
             diffusion_attention: DiffusionAttention::default(),
+            qkv_bias: false,
         }
     }
 }

@@ -20,7 +20,7 @@ pub use decoder::{Decoder, Id, Room, look_ahead};
 pub use options::{BlockOptions, DecodeOptions, Mode, Order, Request, Sampling, Schedule};
 #[cfg(any(test, feature = "cases"))]
 pub use sampler::{Choice, Sampler};
-pub use score::{bits_per_byte, perplexity, score};
+pub use score::{Difference, bits_per_byte, compare, perplexity, score};
 
 use crate::Result;
 use crate::model::Llama;
@@ -138,28 +138,15 @@ pub struct Answer {
 /// done and may end the decoding with `ControlFlow::Break`.
 ///
 /// # Errors
-/// [`Error::Request`](crate::Error) if the prompt or the options do not fit the model, or the model gives no
-/// finite logits; a device fault.
+/// As [`fill`].
 pub fn generate(
     llama: &Llama,
     prompt: &[u32],
     options: &DecodeOptions,
-    mut on_event: impl FnMut(&Event) -> ControlFlow<()>,
+    on_event: impl FnMut(&Event) -> ControlFlow<()>,
 ) -> Result<Generation> {
     let began = Instant::now();
-    let request = Request::answer(llama.config(), prompt, options)?;
-    let mut decoder = Decoder::for_one(llama, &request);
-    let id = decoder.submit(request)?;
-    let mut events = Vec::new();
-    let mut interrupted = false;
-    while !interrupted && !decoder.is_idle() {
-        decoder.advance(&mut events)?;
-        interrupted = events.drain(..).any(|(_, event)| on_event(&event).is_break());
-    }
-    let answer = decoder.take(id).expect("the request was not taken before");
-    if let FinishReason::NotFinite(position) = answer.finish_reason {
-        return Err(decoder::not_finite(position));
-    }
+    let answer = fill(llama, Request::answer(llama.config(), prompt, options)?, on_event)?;
     let Answer { token_ids, counters, finish_reason, .. } = answer;
     Ok(Generation {
         prompt_token_ids: prompt.to_vec(),
@@ -169,4 +156,29 @@ pub fn generate(
         finish_reason,
         seconds: began.elapsed().as_secs_f64(),
     })
+}
+
+/// Fills the open positions of one request, by a decoder of its own; as [`generate`] otherwise.
+///
+/// # Errors
+/// [`Error::Request`](crate::Error) if the request does not fit the model, or the model gives no finite logits; a
+/// device fault.
+pub fn fill(
+    llama: &Llama,
+    request: Request,
+    mut on_event: impl FnMut(&Event) -> ControlFlow<()>,
+) -> Result<Answer> {
+    let mut decoder = Decoder::for_one(llama, &request);
+    let id = decoder.submit(request)?;
+    let mut events = Vec::new();
+    let mut interrupted = false;
+    while !interrupted && !decoder.is_idle() {
+        decoder.advance(&mut events)?;
+        interrupted = events.drain(..).any(|(_, event)| on_event(&event).is_break());
+    }
+    let answer = decoder.take(id).expect("the request was not taken before");
+    match answer.finish_reason {
+        FinishReason::NotFinite(position) => Err(decoder::not_finite(position)),
+        _ => Ok(answer),
+    }
 }

@@ -147,7 +147,7 @@ impl BlockOptions {
         }
     }
 
-    fn check(&self, vocab_size: usize) -> Result<()> {
+    pub(super) fn check(&self, vocab_size: usize) -> Result<()> {
         let refuse = |why: String| Err(Error::Request(why));
         if self.block_length == 0 {
             return refuse("block_length is 0; it must be at least 1".into());

@@ -18,9 +18,14 @@ pub use rope::RopeScaling;
 
 /// Largest `config.json` that is read, in bytes.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
-/// Architectures whose network is plain Llama; the diffusion ones add sampling code only.
-const ARCHITECTURES: [&str; 3] =
-    ["LlamaForCausalLM", "StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"];
+/// Values of `model_type` with the architectures whose network is the one of `llama.rs`: plain Llama, to which the
+/// diffusion ones add sampling code only, and Qwen2, which is Llama with biases on q, k and v.
+const LLAMA: (&str, &[&str]) =
+    ("llama", &["LlamaForCausalLM", "StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"]);
+const QWEN2: (&str, &[&str]) = ("qwen2", &["Qwen2ForCausalLM"]);
+
+/// What has a bias in a Qwen2.
+pub(crate) const BIASED: [&str; 3] = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
 
 /// Everything that fixes the network. Sizes are counts of elements; names are those of HF
 /// `config.json`.
@@ -50,6 +55,8 @@ pub struct LlamaConfig {
     pub rope_theta: f32,
     /// How the rotary frequencies were stretched for long contexts, if they were.
     pub rope_scaling: Option<RopeScaling>,
+    /// Whether q, k and v have biases, which makes it a Qwen2.
+    pub qkv_bias: bool,
     /// Whether the embedding doubles as LM head (then there is no `lm_head.weight`).
     pub tie_word_embeddings: bool,
     /// Context length in tokens the model was trained for.
@@ -114,7 +121,7 @@ impl LlamaConfig {
             ));
         };
         let fields = Fields { map, path };
-        refuse_other_networks(&fields)?;
+        let qkv_bias = network(&fields)? == QWEN2;
         let hidden_size = fields.need_usize("hidden_size")?;
         let num_attention_heads = fields.need_usize("num_attention_heads")?;
         let head_dim = match fields.usize("head_dim")? {
@@ -143,6 +150,7 @@ impl LlamaConfig {
             rms_norm_eps: fields.f32("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
+            qkv_bias,
             tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
             max_position_embeddings: fields.usize("max_position_embeddings")?.unwrap_or(2048),
             bos_token_id: fields.ids("bos_token_id", &[1])?.first().copied(),
@@ -165,8 +173,9 @@ impl LlamaConfig {
             [one] => json!(one),
             many => json!(many),
         };
+        let (model_type, architectures) = if self.qkv_bias { QWEN2 } else { LLAMA };
         let mut value = json!({
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [architectures[0]],
             "attention_bias": false,
             "attention_dropout": 0.0,
             "bos_token_id": self.bos_token_id,
@@ -178,7 +187,7 @@ impl LlamaConfig {
             "intermediate_size": self.intermediate_size,
             "max_position_embeddings": self.max_position_embeddings,
             "mlp_bias": false,
-            "model_type": "llama",
+            "model_type": model_type,
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
@@ -311,6 +320,10 @@ impl LlamaConfig {
             for (name, shape) in &layer {
                 parameters.push((format!("model.layers.{n}.{name}.weight"), shape.clone()));
             }
+            for name in BIASED.iter().filter(|_| self.qkv_bias) {
+                let width = if *name == BIASED[0] { q } else { kv };
+                parameters.push((format!("model.layers.{n}.{name}.bias"), vec![width]));
+            }
         }
         parameters.push(("model.norm.weight".to_owned(), vec![d]));
         if !self.tie_word_embeddings {
@@ -326,22 +339,23 @@ impl LlamaConfig {
     }
 }
 
-/// Refuses whatever would load but compute something else than plain Llama.
-fn refuse_other_networks(fields: &Fields) -> Result<()> {
-    match fields.map.get("model_type").and_then(Value::as_str) {
-        Some("llama") => {}
+/// Which network it is. Refuses whatever would load but compute something else.
+fn network(fields: &Fields) -> Result<(&'static str, &'static [&'static str])> {
+    let network = match fields.map.get("model_type").and_then(Value::as_str) {
+        Some("llama") => LLAMA,
+        Some("qwen2") => QWEN2,
         Some(other) => {
-            return Err(
-                fields.error(format!("model_type `{other}` is not supported; expected `llama`"))
-            );
+            return Err(fields.error(format!(
+                "model_type `{other}` is not supported; expected `llama` or `qwen2`"
+            )));
         }
-        None => return Err(fields.error("model_type is missing; expected `llama`")),
-    }
+        None => return Err(fields.error("model_type is missing; expected `llama` or `qwen2`")),
+    };
     for architecture in
         fields.map.get("architectures").and_then(Value::as_array).into_iter().flatten()
     {
-        if !ARCHITECTURES.iter().any(|known| architecture == known) {
-            let known = ARCHITECTURES.join(", ");
+        if !network.1.iter().any(|known| architecture == known) {
+            let known = network.1.join(", ");
             return Err(fields.error(format!(
                 "architecture {architecture} is not supported; expected one of {known}"
             )));
@@ -349,9 +363,13 @@ fn refuse_other_networks(fields: &Fields) -> Result<()> {
     }
     for name in ["attention_bias", "mlp_bias"] {
         if fields.bool(name)? == Some(true) {
-            return Err(fields
-                .error(format!("{name} is true; only Llama models without biases are supported")));
+            return Err(fields.error(format!(
+                "{name} is true; biases are supported on q, k and v only (model_type qwen2)"
+            )));
         }
+    }
+    if fields.bool("use_sliding_window")? == Some(true) {
+        return Err(fields.error("use_sliding_window is true; only whole attention is supported"));
     }
     if let Some(act) = fields.map.get("hidden_act").filter(|act| *act != "silu") {
         return Err(fields.error(format!("hidden_act {act} is not supported; expected \"silu\"")));
@@ -365,7 +383,7 @@ fn refuse_other_networks(fields: &Fields) -> Result<()> {
         return Err(fields
             .error("quantization_config is set; give the unquantised weights, or a GGUF file"));
     }
-    Ok(())
+    Ok(network)
 }
 
 /// `rope_theta` and `rope_scaling`, or `rope_parameters`, which holds both from transformers 5 on.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::cache::KvCache;
-use super::config::LlamaConfig;
+use super::config::{BIASED, LlamaConfig};
 use super::lora::{Decoding, Lora};
 use super::parameter::{
     Fresh, Parameter, Precision, Source, Stored, joined, parameter, saved_type, widen,
@@ -109,15 +109,20 @@ impl Llama {
             let ([q, k, v], qkv) = joined(gpu, &mut source, names, &shapes)?;
             let apart = || [&q, &k, &v].map(|p| p.shards.clone()).concat();
             let qkv = qkv.map_or_else(apart, |whole| vec![whole]);
+            let mut biases = [None, None, None];
+            for (bias, part) in biases.iter_mut().zip(BIASED).filter(|_| config.qkv_bias) {
+                *bias = Some(get(&mut source, &format!("model.layers.{i}.{part}.bias"))?);
+            }
+            let [q_bias, k_bias, v_bias] = biases;
             let o = part(&mut source, "self_attn.o_proj")?;
             let post_norm = part(&mut source, "post_attention_layernorm")?;
             let names = ["mlp.gate_proj", "mlp.up_proj"].map(name);
             let ([gate, up], gate_up) = joined(gpu, &mut source, names, &shapes)?;
             layers.push(Rc::new(Layer {
                 input_norm,
-                q: Projection::new(q),
-                k: Projection::new(k),
-                v: Projection::new(v),
+                q: Projection::with_bias(q, q_bias),
+                k: Projection::with_bias(k, k_bias),
+                v: Projection::with_bias(v, v_bias),
                 o: Projection::new(o),
                 post_norm,
                 gate: Projection::new(gate),
@@ -151,7 +156,7 @@ impl Llama {
                 projection.adapter.as_mut().map(Adapter::train);
             }
             if !adapted {
-                layer.parameters_mut().into_iter().for_each(leaf);
+                layer.parameters_mut().for_each(leaf);
             }
         }
         if !adapted {
@@ -351,15 +356,21 @@ impl Layer {
         [q, k, v, o, gate, up, down]
     }
 
-    fn parameters(&self) -> [&Parameter; 9] {
+    fn parameters(&self) -> impl Iterator<Item = &Parameter> {
         let [q, k, v, o, gate, up, down] = self.projections().map(|p| &p.weight);
-        [&self.input_norm, q, k, v, o, &self.post_norm, gate, up, down]
+        let biases = self.projections().into_iter().filter_map(|p| p.bias.as_ref());
+        [&self.input_norm, q, k, v, o, &self.post_norm, gate, up, down].into_iter().chain(biases)
     }
 
-    fn parameters_mut(&mut self) -> [&mut Parameter; 9] {
+    fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
         let Layer { input_norm, q, k, v, o, post_norm, gate, up, down, .. } = self;
-        let [q, k, v, o, gate, up, down] = [q, k, v, o, gate, up, down].map(|p| &mut p.weight);
-        [input_norm, q, k, v, o, post_norm, gate, up, down]
+        let mut biases = Vec::new();
+        let weights = [q, k, v, o, gate, up, down].map(|p| {
+            biases.extend(&mut p.bias);
+            &mut p.weight
+        });
+        let [q, k, v, o, gate, up, down] = weights;
+        [input_norm, q, k, v, o, post_norm, gate, up, down].into_iter().chain(biases)
     }
 
     /// One block: x [B, T, D] → [B, T, D], or those of its rows that are wanted, [R, D].
@@ -398,10 +409,10 @@ impl Layer {
         let t = x.shape()[0];
         let norm = (&self.input_norm.shards[0], self.eps);
         let qkv = match [&self.q, &self.k, &self.v] {
-            plain if plain.iter().all(|p| p.adapter.is_none()) => norm_linear(x, norm, &self.qkv),
-            adapted => {
+            plain if plain.iter().all(|p| p.is_plain()) => norm_linear(x, norm, &self.qkv),
+            parts => {
                 let h = rms_norm(x, norm.0, norm.1);
-                ops::beside(&adapted.map(|p| p.forward(&h)))
+                ops::beside(&parts.map(|p| p.forward(&h)))
             }
         };
         let q = rope_into_cache(&qkv, lanes.places(), inv_freq, keys, values);
@@ -409,7 +420,7 @@ impl Layer {
         let x = self.o.onto(x, &a);
         let norm = (&self.post_norm.shards[0], self.eps);
         let f = match [&self.gate, &self.up] {
-            plain @ [gate, up] if plain.iter().all(|p| p.adapter.is_none()) => {
+            plain @ [gate, up] if plain.iter().all(|p| p.is_plain()) => {
                 let (gate, up) = (&gate.weight.shards, &up.weight.shards);
                 norm_swiglu(&x, norm, gate, up, self.gate_up.as_ref())
             }

@@ -228,9 +228,12 @@ impl Source for Fresh {
             true => self.residual,
             false => 0.02,
         };
-        let norm = shape.len() == 1;
         let n = rows.len() * shape[1..].iter().product::<usize>();
-        let values = (0..n).map(|_| if norm { 1.0 } else { std * self.random.normal() });
+        let values = (0..n).map(|_| match shape.len() {
+            1 if name.ends_with(".bias") => 0.0,
+            1 => 1.0,
+            _ => std * self.random.normal(),
+        });
         Ok(bytemuck::cast_slice(&values.collect::<Vec<f32>>()).to_vec())
     }
 }

@@ -1,5 +1,6 @@
 //! A linear layer of the model, with the low-rank adapter that may lie over it (see `lora.rs`):
 //!   y = x · Wᵀ + s (x · Aᵀ) · Bᵀ                  x: [.., D]  W: [O, D]  A: [r, D]  B: [O, r]  y: [.., O]
+//!   (Qwen2 adds a bias to q, k and v, after all that.)
 //!   DoRA: y ⊙ m / ‖W + s B A‖                     m: [O], and the lengths of the rows, constant in the derivative
 //! W may be of any type and is never widened or merged: the adapter is two thin products beside it.
 
@@ -16,6 +17,8 @@ use crate::{Error, Result};
 /// A weight and its adapter.
 pub(super) struct Projection {
     pub weight: Parameter,
+    /// Added to what the weight and its adapter give: [O].
+    pub bias: Option<Parameter>,
     pub adapter: Option<Adapter>,
 }
 
@@ -40,20 +43,34 @@ pub(super) struct Magnitude {
 
 impl Projection {
     pub fn new(weight: Parameter) -> Projection {
-        Projection { weight, adapter: None }
+        Projection { weight, bias: None, adapter: None }
+    }
+
+    pub fn with_bias(weight: Parameter, bias: Option<Parameter>) -> Projection {
+        Projection { bias, ..Projection::new(weight) }
+    }
+
+    /// Nothing is added to the product with its weight.
+    pub fn is_plain(&self) -> bool {
+        self.adapter.is_none() && self.bias.is_none()
     }
 
     /// [.., D] → [.., O].
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let y = linear(x, &self.weight.shards);
-        match &self.adapter {
+        let y = match &self.adapter {
             None => y,
             Some(adapter) => adapter.adapt(x, &y, &self.weight.shards),
+        };
+        match &self.bias {
+            None => y,
+            Some(bias) => add(&y, &bias.shards[0]),
         }
     }
 
     /// residual [.., O] + [`Projection::forward`].
     pub fn onto(&self, residual: &Tensor, x: &Tensor) -> Tensor {
+        assert!(self.bias.is_none(), "what is added to the residual stream has no bias");
         match &self.adapter {
             None => linear_onto(residual, x, &self.weight.shards),
             // The residual is no part of what DoRA scales.

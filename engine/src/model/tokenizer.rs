@@ -7,6 +7,7 @@
 //! stream of tokens gives the same text as all of them at once.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
@@ -19,11 +20,13 @@ use crate::{Error, Result};
 
 mod bytes;
 mod check;
+mod fim;
 mod from_gguf;
 mod settings;
 mod to_gguf;
 
 use bytes::Scheme;
+pub use fim::{FIM_NAMES, Fim, FimOrder};
 use settings::{add_ends, default_settings, ends_to_add, template_of};
 
 /// Largest `tokenizer.json` in bytes; Llama 3's has 17 MB. Parsing takes up to 40 times the file's
@@ -37,6 +40,8 @@ const MASK_NAMES: [&str; 4] = ["<[MASK_TOKEN]>", "<mask>", "[MASK]", "<|mask|>"]
 /// A model's tokenizer. Immutable; `Send` and `Sync`.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// The same, to which special tokens that a text spells out are text.
+    plain: OnceLock<tokenizers::Tokenizer>,
     /// By id.
     pieces: Vec<Option<Piece>>,
     /// Whether encoding prepended a space to the text, which decoding takes away.
@@ -181,6 +186,7 @@ impl Tokenizer {
             mask_token_id: config.mask_token_id.or(named_mask),
             chat_template,
             settings,
+            plain: OnceLock::new(),
             inner,
         })
     }
@@ -196,13 +202,18 @@ impl Tokenizer {
     /// Token ids of a text. Special tokens that the text spells out are recognised; `add_special`
     /// also adds the begin and end tokens that the model was trained with, if any.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        match self.inner.encode_fast(text, add_special) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(e) => Err(Error::Request(format!(
-                "the text cannot be tokenised: {}",
-                one_line(&e.to_string())
-            ))),
-        }
+        ids_of(&self.inner, text, add_special)
+    }
+
+    /// Token ids of a text that is data, a file's: special tokens that it spells out become ordinary ones, and none is
+    /// added.
+    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
+        let plain = self.plain.get_or_init(|| {
+            let mut plain = self.inner.clone();
+            plain.set_encode_special_tokens(true);
+            plain
+        });
+        ids_of(plain, text, false)
     }
 
     /// The text of a whole sequence. Bytes that are not UTF-8 become U+FFFD; ids without a token
@@ -342,6 +353,16 @@ impl TokenStream<'_> {
     /// What is left when no token follows: U+FFFD if the text ends inside a character.
     pub fn finish(self) -> Option<String> {
         Some(String::from_utf8_lossy(&self.pending).into_owned()).filter(|text| !text.is_empty())
+    }
+}
+
+fn ids_of(tokenizer: &tokenizers::Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>> {
+    match tokenizer.encode_fast(text, add_special) {
+        Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+        Err(e) => Err(Error::Request(format!(
+            "the text cannot be tokenised: {}",
+            one_line(&e.to_string())
+        ))),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use demask_engine::model::tokenizer::{FIM_NAMES, Fim, FimOrder};
 use demask_engine::model::{ChatTemplate, LlamaConfig, Tokenizer, Weights};
 use demask_engine::philox::Philox;
 
@@ -15,14 +16,6 @@ pub const GIVEN: u32 = 1 << 31;
 /// Keeps this stream apart from others drawn under the same user seed.
 const FIM: u64 = u64::from_le_bytes(*b"fim\0\0\0\0\0");
 
-/// Names that models give to the tokens around prefix, suffix and middle.
-const FIM_NAMES: [[&str; 3]; 4] = [
-    ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
-    ["<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"],
-    ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
-    ["<fim-prefix>", "<fim-suffix>", "<fim-middle>"],
-];
-
 /// A tokenizer, as the making of a dataset needs it. Shared by threads.
 pub struct Vocabulary {
     /// For documents: text that spells a special token becomes ordinary tokens.
@@ -31,8 +24,7 @@ pub struct Vocabulary {
     chat: tokenizers::Tokenizer,
     template: Option<ChatTemplate>,
     special: Vec<String>,
-    /// Prefix, suffix, middle.
-    fim: Option<[u32; 3]>,
+    fim: Option<Fim>,
     /// What ends a document.
     pub eos: u32,
     /// Ids are below this.
@@ -64,9 +56,6 @@ impl Vocabulary {
         let json = tokenizer.to_json()?;
         let chat = tokenizers::Tokenizer::from_bytes(&json)
             .map_err(|e| anyhow!("the tokenizer cannot be used for a corpus: {e}"))?;
-        let ids = |names: [&str; 3]| -> Option<Vec<u32>> {
-            names.iter().map(|n| tokenizer.token_id(n)).collect()
-        };
         let special = chat.get_added_tokens_decoder();
         let special = special.values().filter(|t| t.special).map(|t| t.content.clone()).collect();
         Ok(Vocabulary {
@@ -74,7 +63,7 @@ impl Vocabulary {
             chat,
             template: tokenizer.chat()?,
             special,
-            fim: FIM_NAMES.into_iter().find_map(ids).map(|f| [f[0], f[1], f[2]]),
+            fim: tokenizer.fim(),
             eos,
             size: tokenizer.vocab_size(),
             files: tokenizer.files()?,
@@ -134,22 +123,14 @@ impl Vocabulary {
         }
     }
 
-    fn fill_in_the_middle(
-        &self,
-        text: &str,
-        [prefix, suffix, middle]: [u32; 3],
-        random: &mut Philox,
-    ) -> Result<Vec<u32>> {
+    fn fill_in_the_middle(&self, text: &str, fim: Fim, random: &mut Philox) -> Result<Vec<u32>> {
         let places: Vec<usize> = text.char_indices().map(|(i, _)| i).chain([text.len()]).collect();
         let mut cut = || places[random.below(places.len() as u32) as usize];
         let (a, b) = (cut(), cut());
         let (a, b) = (a.min(b), a.max(b));
-        let mut ids = vec![suffix];
-        ids.extend(bpe::encode(&self.text, &text[b..])?);
-        ids.push(prefix);
-        ids.extend(bpe::encode(&self.text, &text[..a])?);
-        ids.push(middle);
-        ids.extend(bpe::encode(&self.text, &text[a..b])?);
+        let encode = |part: &str| bpe::encode(&self.text, part);
+        let mut ids = fim.prompt(&encode(&text[..a])?, &encode(&text[b..])?, FimOrder::SuffixFirst);
+        ids.extend(encode(&text[a..b])?);
         Ok(ids)
     }
 

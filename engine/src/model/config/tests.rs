@@ -14,6 +14,7 @@ pub(crate) fn tiny() -> LlamaConfig {
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling: None,
+        qkv_bias: false,
         tie_word_embeddings: false,
         max_position_embeddings: 64,
         bos_token_id: Some(0),
@@ -45,6 +46,9 @@ fn json_round_trip_keeps_every_field() {
         let json = config.to_json("bfloat16");
         assert_eq!(LlamaConfig::from_json(&json, path()).unwrap(), config);
     }
+    let qwen2 = LlamaConfig { qkv_bias: true, ..tiny() };
+    assert_eq!(LlamaConfig::from_json(&qwen2.to_json("float32"), path()).unwrap(), qwen2);
+    assert_eq!(qwen2.parameters().len(), tiny().parameters().len() + 3 * 2);
     assert_eq!(tiny().to_json("float32")["rms_norm_eps"], json!(1e-5));
 }
 
@@ -76,7 +80,10 @@ fn what_cannot_run_is_refused_by_name() {
             error.contains(key) || error.contains("architecture") || error.contains("rope_scaling");
         assert!(named, "{key}: {error}");
     };
+    refuse("model_type", json!("qwen3"));
+    // The architecture is still Llama's.
     refuse("model_type", json!("qwen2"));
+    refuse("use_sliding_window", json!(true));
     refuse("architectures", json!(["MistralForCausalLM"]));
     refuse("attention_bias", json!(true));
     refuse("mlp_bias", json!(true));

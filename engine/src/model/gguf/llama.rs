@@ -62,15 +62,22 @@ const PARTS: [(&str, &str); 9] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
+/// What a name ends in behind the part it is of.
+const KINDS: [&str; 2] = [".weight", ".bias"];
+
 /// HF name and row order of a GGUF tensor; `None` for a name no Llama has.
 pub(crate) fn hf_name(name: &str, config: &LlamaConfig) -> Option<(String, RowOrder)> {
-    let stem = name.strip_suffix(".weight")?;
+    let kind = KINDS.into_iter().find(|kind| name.ends_with(kind))?;
+    if kind == ".bias" && !config.qkv_bias {
+        return None;
+    }
+    let stem = name.strip_suffix(kind)?;
     let hf = match stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
         Some((layer, part)) => {
             let (_, part) = PARTS.iter().find(|(gguf, _)| *gguf == part)?;
-            format!("model.layers.{layer}.{part}.weight")
+            format!("model.layers.{layer}.{part}{kind}")
         }
-        None => format!("{}.weight", WHOLE.iter().find(|(gguf, _)| *gguf == stem)?.1),
+        None => format!("{}{kind}", WHOLE.iter().find(|(gguf, _)| *gguf == stem)?.1),
     };
     let order = row_order(&hf, config);
     Some((hf, order))
@@ -78,41 +85,56 @@ pub(crate) fn hf_name(name: &str, config: &LlamaConfig) -> Option<(String, RowOr
 
 /// GGUF name of an HF parameter; `None` for a name no Llama has.
 pub(crate) fn gguf_name(name: &str) -> Option<String> {
-    let stem = name.strip_suffix(".weight")?;
+    let kind = KINDS.into_iter().find(|kind| name.ends_with(kind))?;
+    let stem = name.strip_suffix(kind)?;
     let Some((layer, part)) = stem.strip_prefix("model.layers.").and_then(|s| s.split_once('.'))
     else {
-        return Some(format!("{}.weight", WHOLE.iter().find(|(_, hf)| *hf == stem)?.0));
+        return Some(format!("{}{kind}", WHOLE.iter().find(|(_, hf)| *hf == stem)?.0));
     };
     let (part, _) = PARTS.iter().find(|(_, hf)| *hf == part)?;
-    Some(format!("blk.{layer}.{part}.weight"))
+    Some(format!("blk.{layer}.{part}{kind}"))
 }
 
-/// How GGUF orders the rows of an HF parameter.
+/// How GGUF orders the rows of an HF parameter. Of a Qwen2 llama.cpp rotates halves, as HF does.
 pub(crate) fn row_order(name: &str, config: &LlamaConfig) -> RowOrder {
-    match name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight") {
+    let rotated = name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight");
+    match rotated && !config.qkv_bias {
         true => RowOrder::Interleaved { head_dim: config.head_dim },
         false => RowOrder::Same,
     }
 }
 
-/// The configuration that `llama.*` and `tokenizer.ggml.*` describe, validated. `bytes` is the
+/// `general.architecture`, which all keys about the network begin with.
+pub(crate) fn architecture(config: &LlamaConfig) -> &'static str {
+    if config.qkv_bias { QWEN2 } else { LLAMA }
+}
+
+const LLAMA: &str = "llama";
+const QWEN2: &str = "qwen2";
+
+/// The configuration that `llama.*` (or `qwen2.*`) and `tokenizer.ggml.*` describe, validated. `bytes` is the
 /// whole file.
 pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
     let path = gguf.path;
-    match gguf.text("general.architecture")? {
-        Some("llama") => {}
+    let architecture = match gguf.text("general.architecture")? {
+        Some(LLAMA) => LLAMA,
+        Some(QWEN2) => QWEN2,
         other => {
             let found = other.unwrap_or("missing");
             return Err(Error::model(
                 path,
-                format!("general.architecture is {found:?}; only \"llama\" is supported"),
+                format!(
+                    "general.architecture is {found:?}; only \"llama\" and \"qwen2\" are supported"
+                ),
             ));
         }
-    }
-    if size(gguf, "llama.expert_count")?.is_some_and(|n| n > 0) {
+    };
+    let key = |name: &str| format!("{architecture}.{name}");
+    if size(gguf, &key("expert_count"))?.is_some_and(|n| n > 0) {
+        let experts = key("expert_count");
         return Err(Error::model(
             path,
-            "llama.expert_count is set; mixtures of experts are not supported",
+            format!("{experts} is set; mixtures of experts are not supported"),
         ));
     }
     let shape =
@@ -123,14 +145,15 @@ pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
             "token_embd.weight is missing or not a matrix; is this a whole model?",
         ));
     };
-    let hidden_size = need(gguf, "llama.embedding_length")?;
-    let num_attention_heads = need(gguf, "llama.attention.head_count")?;
-    let head_dim = match size(gguf, "llama.attention.key_length")? {
+    let hidden_size = need(gguf, &key("embedding_length"))?;
+    let num_attention_heads = need(gguf, &key("attention.head_count"))?;
+    let head_dim = match size(gguf, &key("attention.key_length"))? {
         Some(head_dim) => head_dim,
         None => hidden_size.checked_div(num_attention_heads).unwrap_or(0),
     };
-    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
-        if let Some(other) = size(gguf, key)?.filter(|&other| other != head_dim) {
+    for name in ["attention.value_length", "rope.dimension_count"] {
+        let key = key(name);
+        if let Some(other) = size(gguf, &key)?.filter(|&other| other != head_dim) {
             return Err(Error::model(
                 path,
                 format!("{key} is {other}, not the head dimension {head_dim}"),
@@ -151,17 +174,18 @@ pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
     let mut config = LlamaConfig {
         vocab_size,
         hidden_size,
-        intermediate_size: need(gguf, "llama.feed_forward_length")?,
-        num_hidden_layers: need(gguf, "llama.block_count")?,
+        intermediate_size: need(gguf, &key("feed_forward_length"))?,
+        num_hidden_layers: need(gguf, &key("block_count"))?,
         num_attention_heads,
-        num_key_value_heads: size(gguf, "llama.attention.head_count_kv")?
+        num_key_value_heads: size(gguf, &key("attention.head_count_kv"))?
             .unwrap_or(num_attention_heads),
         head_dim,
-        rms_norm_eps: gguf.f32("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
-        rope_theta: gguf.f32("llama.rope.freq_base")?.unwrap_or(10_000.0),
-        rope_scaling: linear_scaling(gguf)?,
+        rms_norm_eps: gguf.f32(&key("attention.layer_norm_rms_epsilon"))?.unwrap_or(1e-5),
+        rope_theta: gguf.f32(&key("rope.freq_base"))?.unwrap_or(10_000.0),
+        rope_scaling: linear_scaling(gguf, &key)?,
+        qkv_bias: architecture == QWEN2,
         tie_word_embeddings: shape("output.weight").is_none(),
-        max_position_embeddings: need(gguf, "llama.context_length")?,
+        max_position_embeddings: need(gguf, &key("context_length"))?,
         bos_token_id: id("tokenizer.ggml.bos_token_id")?,
         eos_token_ids: ends,
         mask_token_id: id("tokenizer.ggml.mask_token_id")?,
@@ -200,15 +224,16 @@ fn need(gguf: &Gguf, key: &str) -> Result<usize> {
 }
 
 /// `llama.rope.scaling.*`, and the older `llama.rope.scale_linear`.
-fn linear_scaling(gguf: &Gguf) -> Result<Option<RopeScaling>> {
-    let factor = match gguf.text("llama.rope.scaling.type")? {
+fn linear_scaling(gguf: &Gguf, key: &dyn Fn(&str) -> String) -> Result<Option<RopeScaling>> {
+    let factor = match gguf.text(&key("rope.scaling.type"))? {
         Some("none") => None,
-        None => gguf.f32("llama.rope.scale_linear")?,
-        Some("linear") => gguf.f32("llama.rope.scaling.factor")?,
+        None => gguf.f32(&key("rope.scale_linear"))?,
+        Some("linear") => gguf.f32(&key("rope.scaling.factor"))?,
         Some(other) => {
             let reason = format!(
-                "llama.rope.scaling.type {other:?} is not supported; expected \"none\" or \
-                 \"linear\""
+                "{} {other:?} is not supported; expected \"none\" or \
+                 \"linear\"",
+                key("rope.scaling.type")
             );
             return Err(Error::model(gguf.path, reason));
         }

@@ -4,7 +4,7 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use super::llama::{ROPE_FREQS, RowOrder, gguf_name, row_order};
+use super::llama::{ROPE_FREQS, RowOrder, architecture as architecture_of, gguf_name, row_order};
 use crate::model::config::{LlamaConfig, RopeScaling};
 use crate::model::save::write_file;
 use crate::model::weights::quant::quantise;
@@ -135,39 +135,44 @@ fn padding(bytes: u64) -> usize {
 
 fn architecture(config: &LlamaConfig, dtype: StoredType) -> Vec<(String, Meta)> {
     let number = |n: usize| Meta::U32(n as u32);
+    let name = architecture_of(config);
+    let key = |rest: &str| format!("{name}.{rest}");
     let mut meta = vec![
-        ("general.architecture", Meta::Text("llama".into())),
-        ("general.file_type", Meta::U32(file_type(dtype))),
-        ("general.quantization_version", Meta::U32(2)),
-        ("llama.vocab_size", number(config.vocab_size)),
-        ("llama.context_length", number(config.max_position_embeddings)),
-        ("llama.embedding_length", number(config.hidden_size)),
-        ("llama.block_count", number(config.num_hidden_layers)),
-        ("llama.feed_forward_length", number(config.intermediate_size)),
-        ("llama.attention.head_count", number(config.num_attention_heads)),
-        ("llama.attention.head_count_kv", number(config.num_key_value_heads)),
-        ("llama.attention.key_length", number(config.head_dim)),
-        ("llama.attention.value_length", number(config.head_dim)),
-        ("llama.rope.dimension_count", number(config.head_dim)),
-        ("llama.attention.layer_norm_rms_epsilon", Meta::F32(config.rms_norm_eps)),
-        ("llama.rope.freq_base", Meta::F32(config.rope_theta)),
+        ("general.architecture".to_owned(), Meta::Text(name.into())),
+        ("general.file_type".to_owned(), Meta::U32(file_type(dtype))),
+        ("general.quantization_version".to_owned(), Meta::U32(2)),
+        (key("vocab_size"), number(config.vocab_size)),
+        (key("context_length"), number(config.max_position_embeddings)),
+        (key("embedding_length"), number(config.hidden_size)),
+        (key("block_count"), number(config.num_hidden_layers)),
+        (key("feed_forward_length"), number(config.intermediate_size)),
+        (key("attention.head_count"), number(config.num_attention_heads)),
+        (key("attention.head_count_kv"), number(config.num_key_value_heads)),
+        (key("attention.key_length"), number(config.head_dim)),
+        (key("attention.value_length"), number(config.head_dim)),
+        (key("rope.dimension_count"), number(config.head_dim)),
+        (key("attention.layer_norm_rms_epsilon"), Meta::F32(config.rms_norm_eps)),
+        (key("rope.freq_base"), Meta::F32(config.rope_theta)),
     ];
     match config.rope_scaling {
         Some(RopeScaling::Linear { factor }) => {
-            meta.push(("llama.rope.scaling.type", Meta::Text("linear".into())));
-            meta.push(("llama.rope.scaling.factor", Meta::F32(factor)));
+            meta.push((key("rope.scaling.type"), Meta::Text("linear".into())));
+            meta.push((key("rope.scaling.factor"), Meta::F32(factor)));
         }
         Some(RopeScaling::Llama3 { .. }) | None => {}
     }
     // Ours; other readers skip what they do not know.
     if let Some(length) = config.block_length {
-        meta.push(("demask.block_length", number(length)));
+        meta.push(("demask.block_length".to_owned(), number(length)));
     }
     if config.is_diffusion() {
         let word = serde_json::json!(config.diffusion_attention);
-        meta.push(("demask.diffusion_attention", Meta::Text(word.as_str().unwrap_or("").into())));
+        meta.push((
+            "demask.diffusion_attention".to_owned(),
+            Meta::Text(word.as_str().unwrap_or("").into()),
+        ));
     }
-    meta.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    meta
 }
 
 /// llama.cpp's `LLAMA_FTYPE` of a file that is mostly of this type; it only prints it.
