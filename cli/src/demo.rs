@@ -30,8 +30,8 @@ Examples:
   demask demo --seconds 20 --code ~/src/my-project
   demask demo --model runs/first/model --keep runs/demo
 
-The model that comes with demask is looked for in ../share/demask/tiny-coder beside
-the program, then in trainer/models/tiny-coder of the source tree.";
+The model that comes with demask is looked for in ../share/demask/small-coder beside
+the program, then in trainer/models/small-coder of the source tree.";
 
 /// Tokens of each answer.
 const ANSWER: usize = 64;
@@ -159,10 +159,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
 /// The model that comes with demask.
 fn shipped_model() -> Result<PathBuf> {
     let program = std::env::current_exe().unwrap_or_default();
-    let installed = program.parent().map(|bin| bin.join("../share/demask/tiny-coder"));
-    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
+    let installed = program.parent().map(|bin| bin.join("../share/demask/small-coder"));
+    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
     let places: Vec<PathBuf> = installed.into_iter().chain([tree]).collect();
-    let found = places.iter().find(|place| place.join("config.json").exists());
+    let found = places.iter().find(|place| place.join("model.gguf").exists());
     found.cloned().with_context(|| {
         let places: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
         format!(

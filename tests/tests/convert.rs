@@ -19,8 +19,8 @@ fn source() -> (TempDir, LlamaConfig) {
 
 /// The same as a Llama, or as a Qwen2.
 fn source_of(qkv_bias: bool) -> (TempDir, LlamaConfig) {
-    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
-    let small_config = LlamaConfig::read(&small).unwrap();
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
+    let (small_config, _) = Weights::open(&small).unwrap();
     let files = Tokenizer::for_model(&small, &small_config).unwrap().files().unwrap();
     let config = LlamaConfig {
         hidden_size: 256,
@@ -131,6 +131,11 @@ fn the_tokenizer_goes_along() {
     let read = Tokenizer::for_model(&out, &config).unwrap();
     assert_eq!(ours.mask_token_id(), read.mask_token_id());
     assert_eq!(ours.chat_template(), read.chat_template());
+    // A dataset is made with the tokenizer in the file, or in the file of a folder.
+    for place in [&out, &dir.path().to_owned()] {
+        let vocabulary = demask_trainer::data::sample::Vocabulary::open(place).unwrap();
+        assert_eq!(vocabulary.size, ours.vocab_size());
+    }
     for text in ["def f(x):\n    return x\n", "  π ≈ 3.14159 <mask>", "\t\r\n漢字", ""] {
         let ids = ours.encode(text, true).unwrap();
         assert_eq!(read.encode(text, true).unwrap(), ids, "{text:?}");
@@ -160,7 +165,7 @@ fn a_converted_file_is_converted_again_to_the_same_numbers() {
 #[test]
 fn what_cannot_be_written_is_refused_and_nothing_is_left() {
     let (source, _) = source();
-    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
     let dir = tempfile::tempdir().unwrap();
     let refused = |from: &Path, to: &str, dtype, word: &str| {
         let result = convert(from, &dir.path().join(to), dtype, &mut |_| {});
@@ -169,8 +174,8 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
         assert!(error.to_string().contains(word), "{error}");
     };
     refused(source.path(), "folder", StoredType::Q8_0, "gguf");
-    // Rows of 192 are no whole blocks of 256.
-    refused(&small, "small.gguf", StoredType::Q4_K, "rows of 192");
+    // Rows of 704 are no whole blocks of 256.
+    refused(&small, "small.gguf", StoredType::Q4_K, "rows of 704");
     refused(source.path(), "no/such/folder/a.gguf", StoredType::F16, "no/such/folder");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
 }

@@ -13,7 +13,7 @@ const TEXT: &str =
     "import os\n\n\ndef size(path):\n    \"\"\"Größe\"\"\"\n    total = 0\n    return total\n";
 
 fn model() -> String {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/tiny-coder");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
     folder.display().to_string()
 }
 

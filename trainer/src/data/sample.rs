@@ -34,9 +34,10 @@ pub struct Vocabulary {
 }
 
 impl Vocabulary {
-    /// Opens a folder with a `tokenizer.json`, with or without a model beside it, or a GGUF file.
+    /// Opens a folder with a `tokenizer.json`, with or without a model beside it, or a GGUF file or its folder.
     pub fn open(path: &Path) -> Result<Vocabulary> {
-        let (config, tokenizer) = if path.is_dir() && !path.join("config.json").exists() {
+        let bare = path.join("tokenizer.json").exists() && !path.join("config.json").exists();
+        let (config, tokenizer) = if bare {
             let config = bare_config(path)?;
             let tokenizer = Tokenizer::from_folder(path, &config)?;
             (config, tokenizer)
