@@ -8,7 +8,7 @@ use super::buffer::{Allocation, GUARD_BYTES, GUARD_WORD, Holdings, Pool};
 use super::{Buffer, Gpu, Memory};
 use crate::{Error, Result};
 
-/// Uploads larger than this are split, so that staging memory stays bounded.
+/// Uploads are submitted whenever this much of them waits, so that staging memory stays bounded.
 const UPLOAD_CHUNK: usize = 32 << 20;
 
 impl Gpu {
@@ -162,7 +162,6 @@ impl Gpu {
         }
         // A queue write runs before the next submit; what is recorded now must run before the write.
         self.flush();
-        let split = bytes.len() > UPLOAD_CHUNK;
         for (i, chunk) in bytes.chunks(UPLOAD_CHUNK).enumerate() {
             let at = buffer.0.offset + offset + (i * UPLOAD_CHUNK) as u64;
             let whole = chunk.len() & !3;
@@ -172,10 +171,13 @@ impl Gpu {
                 word[..chunk.len() - whole].copy_from_slice(&chunk[whole..]);
                 self.0.queue.write_buffer(&buffer.0.raw, at + whole as u64, &word);
             }
-            if split {
-                // Frees the staging memory of this chunk before the next one takes more.
+            let waiting = self.0.uploads.get() + chunk.len();
+            self.0.uploads.set(waiting);
+            if waiting >= UPLOAD_CHUNK {
+                // Frees the staging memory of these uploads before the next ones take more.
                 self.0.queue.submit([]);
                 let _ = self.0.device.poll(wgpu::PollType::wait_indefinitely());
+                self.0.uploads.set(0);
             }
         }
     }

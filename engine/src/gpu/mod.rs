@@ -84,6 +84,8 @@ pub(crate) struct GpuInner {
     arena: wgpu::Buffer,
     pool: RefCell<Pool>,
     batch: RefCell<Batch>,
+    /// Bytes written since uploads were last waited for.
+    uploads: Cell<usize>,
     cache: RefCell<Cache>,
     /// Buffers of `only_if`, made when it is first used.
     gate: RefCell<Option<(Buffer, Buffer)>>,
@@ -183,6 +185,7 @@ impl Gpu {
             arena,
             pool: RefCell::new(pool),
             batch: RefCell::default(),
+            uploads: Cell::new(0),
             cache: RefCell::default(),
             gate: RefCell::default(),
             stats: RefCell::default(),

@@ -22,6 +22,11 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// diffusion ones add sampling code only, and Qwen2, which is Llama with biases on q, k and v.
 const LLAMA: (&str, &[&str]) =
     ("llama", &["LlamaForCausalLM", "StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"]);
+/// Of these, the ones that say by their architecture alone that they are trained by diffusion, with this mask token and
+/// this block length: those of the published sampler.
+const DIFFCODERS: [&str; 2] = ["StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"];
+const DIFFCODER_MASK: u32 = 5;
+const DIFFCODER_BLOCK: usize = 4;
 const QWEN2: (&str, &[&str]) = ("qwen2", &["Qwen2ForCausalLM"]);
 
 /// What has a bias in a Qwen2.
@@ -122,6 +127,7 @@ impl LlamaConfig {
         };
         let fields = Fields { map, path };
         let qkv_bias = network(&fields)? == QWEN2;
+        let diffcoder = names(&fields).any(|name| DIFFCODERS.iter().any(|known| name == known));
         let hidden_size = fields.need_usize("hidden_size")?;
         let num_attention_heads = fields.need_usize("num_attention_heads")?;
         let head_dim = match fields.usize("head_dim")? {
@@ -155,9 +161,12 @@ impl LlamaConfig {
             max_position_embeddings: fields.usize("max_position_embeddings")?.unwrap_or(2048),
             bos_token_id: fields.ids("bos_token_id", &[1])?.first().copied(),
             eos_token_ids: fields.ids("eos_token_id", &[2])?,
-            mask_token_id: fields.ids("mask_token_id", &[])?.first().copied(),
+            mask_token_id: {
+                let named = fields.ids("mask_token_id", &[])?.first().copied();
+                named.or(diffcoder.then_some(DIFFCODER_MASK))
+            },
             pad_token_id: fields.ids("pad_token_id", &[])?.first().copied(),
-            block_length: fields.usize("block_length")?,
+            block_length: fields.usize("block_length")?.or(diffcoder.then_some(DIFFCODER_BLOCK)),
             diffusion_attention: fields.word("diffusion_attention")?.unwrap_or_default(),
         };
         config.validate(path)?;
@@ -339,6 +348,11 @@ impl LlamaConfig {
     }
 }
 
+/// The architectures that it names.
+fn names<'a>(fields: &Fields<'a>) -> impl Iterator<Item = &'a Value> {
+    fields.map.get("architectures").and_then(Value::as_array).into_iter().flatten()
+}
+
 /// Which network it is. Refuses whatever would load but compute something else.
 fn network(fields: &Fields) -> Result<(&'static str, &'static [&'static str])> {
     let network = match fields.map.get("model_type").and_then(Value::as_str) {
@@ -351,9 +365,7 @@ fn network(fields: &Fields) -> Result<(&'static str, &'static [&'static str])> {
         }
         None => return Err(fields.error("model_type is missing; expected `llama` or `qwen2`")),
     };
-    for architecture in
-        fields.map.get("architectures").and_then(Value::as_array).into_iter().flatten()
-    {
+    for architecture in names(fields) {
         if !network.1.iter().any(|known| architecture == known) {
             let known = network.1.join(", ");
             return Err(fields.error(format!(

@@ -58,6 +58,9 @@ pub(super) trait Source {
         rows: Range<usize>,
         dtype: DType,
     ) -> Result<Vec<u8>>;
+
+    /// Nothing more is asked of this parameter for now.
+    fn forget(&self, _name: &str) {}
 }
 
 /// Weights of a file.
@@ -104,6 +107,9 @@ pub(super) fn parameter(
     Ok(Parameter { name: name.to_owned(), shape: shape.to_vec(), shards })
 }
 
+/// Elements of a parameter that are on the host at a time, about.
+const PIECE: usize = 1 << 24;
+
 /// Uploads some rows of a parameter; a device that only counts has no use for them.
 fn fill(
     source: &mut impl Source,
@@ -112,11 +118,23 @@ fn fill(
     shape: &[usize],
     rows: Range<usize>,
 ) -> Result<()> {
-    if !tensor.gpu().is_dry() {
-        let bytes = source.rows(name, shape, rows, tensor.dtype())?;
-        assert_eq!(bytes.len() as u64, tensor.buffer().bytes(), "{name}: bytes for {tensor:?}");
-        tensor.gpu().write(tensor.buffer(), 0, &bytes);
+    if tensor.gpu().is_dry() {
+        return Ok(());
     }
+    let columns: usize = shape[1..].iter().product();
+    let row_bytes = tensor.dtype().row_bytes(columns);
+    // Even, so that a piece of rows of two-byte elements begins at a word.
+    let most = (PIECE / columns.max(1)).max(2) & !1;
+    let mut at = 0;
+    for first in rows.clone().step_by(most) {
+        let piece = first..(first + most).min(rows.end);
+        let length = piece.len() * row_bytes;
+        let bytes = source.rows(name, shape, piece, tensor.dtype())?;
+        assert_eq!(bytes.len(), length, "{name}: bytes for {tensor:?}");
+        tensor.gpu().write(tensor.buffer(), at as u64, &bytes);
+        at += length;
+    }
+    source.forget(name);
     Ok(())
 }
 
@@ -205,6 +223,10 @@ impl Source for Stored<'_> {
             return Ok(repack(stored, &self.weights.rows_stored(name, rows)?, columns));
         }
         Ok(encode(&self.weights.rows_f32(name, rows)?, columns, dtype))
+    }
+
+    fn forget(&self, name: &str) {
+        self.weights.forget(name);
     }
 }
 

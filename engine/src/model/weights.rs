@@ -227,6 +227,22 @@ impl Weights {
         Ok(Cow::Owned(stored.flat_map(|at| &data[at..at + row_bytes]).copied().collect()))
     }
 
+    /// Lets the system have the memory back in which pages of a parameter lie; they are read again when they are
+    /// needed. Of a model that has gone to the device nothing needs to stay on the host.
+    pub fn forget(&self, name: &str) {
+        let Some(tensor) = self.tensors.get(name) else { return };
+        let elements: usize = tensor.shape.iter().product();
+        let bytes = elements / tensor.dtype.block_elements() * tensor.dtype.block_bytes();
+        #[cfg(unix)]
+        // SAFETY: the map is read-only and backed by the file, so a page that goes comes back as it was.
+        let _ = unsafe {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            self.files[tensor.file].unchecked_advise_range(advice, tensor.start, bytes)
+        };
+        #[cfg(not(unix))]
+        let _ = bytes;
+    }
+
     #[track_caller]
     fn tensor(&self, name: &str) -> &Tensor {
         match self.tensors.get(name) {

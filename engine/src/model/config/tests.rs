@@ -116,6 +116,27 @@ fn what_cannot_run_is_refused_by_name() {
     refuse("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}));
 }
 
+/// The published config.json names neither.
+#[test]
+fn diffcoders_are_known_by_their_architecture() {
+    let plain = LlamaConfig {
+        mask_token_id: None,
+        block_length: None,
+        diffusion_attention: DiffusionAttention::Block,
+        ..tiny()
+    };
+    let mut json = plain.to_json("bfloat16");
+    assert!(!LlamaConfig::from_json(&json, path()).unwrap().is_diffusion());
+    for architecture in ["StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"] {
+        json["architectures"] = json!([architecture]);
+        let config = LlamaConfig::from_json(&json, path()).unwrap();
+        assert_eq!((config.mask_token_id, config.block_length), (Some(5), Some(4)));
+        json["block_length"] = json!(8);
+        assert_eq!(LlamaConfig::from_json(&json, path()).unwrap().block_length, Some(8));
+        json["block_length"] = Value::Null;
+    }
+}
+
 #[test]
 fn parameters_of_stable_diffcoder_sum_to_its_published_size() {
     let config = LlamaConfig {
