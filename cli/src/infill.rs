@@ -163,6 +163,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let mut after = String::new();
     let mut filled = Vec::new();
     let alone = holes.len() == 1;
+    let mut stopped = false;
     for (i, hole) in holes.iter().enumerate() {
         // The text so far, with what was filled, and the text to come, without the marks of other holes.
         after += &draft.text[if i == 0 { 0 } else { holes[i - 1].end }..hole.start];
@@ -176,20 +177,22 @@ pub fn run(args: Args) -> Result<ExitCode> {
             None => filling.in_place(&after, &behind, alone)?,
         };
         after += &one.text;
+        stopped = one.generation.finish_reason == FinishReason::Interrupted;
         filled.push(one);
-        if interrupt::asked() {
+        // Asked once: what is left out and what is written must agree.
+        stopped |= i + 1 < holes.len() && interrupt::asked();
+        if stopped {
             after += &behind;
             break;
         }
     }
-    if !interrupt::asked() {
+    if !stopped {
         after += &draft.text[holes.last().map_or(0, |hole| hole.end)..];
     }
     let notices = args.common.notices();
-    let whole = filled.iter().all(|f| f.generation.finish_reason != FinishReason::Interrupted);
-    let backup = match whole {
-        true => args.apply.settle(&draft, &after, notices)?,
-        false => Value::Null,
+    let backup = match stopped {
+        true => Value::Null,
+        false => args.apply.settle(&draft, &after, notices)?,
     };
     if args.common.output.json {
         let mut all: Vec<Value> = Vec::new();

@@ -24,7 +24,8 @@ pub struct StepsArgs {
     #[arg(long)]
     explain_steps: bool,
 
-    /// Write a page that replays the decoding pass by pass; it loads nothing from elsewhere
+    /// Write a page that replays the decoding pass by pass, of several the last; it loads nothing
+    /// from elsewhere
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 }

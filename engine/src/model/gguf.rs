@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::weights::StoredType;
+use super::weights::quant::StoredType;
 use crate::{Error, Result};
 
 mod cursor;

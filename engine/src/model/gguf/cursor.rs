@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::GgufTensor;
-use crate::model::weights::StoredType;
+use crate::model::weights::quant::StoredType;
 use crate::{Error, Result};
 
 /// Longest metadata key and tensor name, in bytes.
