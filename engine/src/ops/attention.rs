@@ -14,6 +14,7 @@ use crate::tensor::{DType, Tensor};
 const TILE: Kernel = kernel!("attention");
 const FEW: Kernel = kernel!("attention_few");
 const SUBGROUP8: Kernel = kernel!("attention_subgroup8");
+const FEW_SUBGROUP8: Kernel = kernel!("attention_few_subgroup8");
 const COMBINE: Kernel = kernel!("attention_combine");
 const BACKWARD_DOT: Kernel = kernel!("attention_backward_dot");
 const BACKWARD_Q: Kernel = kernel!("attention_backward_q");
@@ -41,6 +42,8 @@ pub enum AttentionKernel {
     Few,
     /// Broadcasts inside subgroups of eight, for software adapters; head dimensions up to 128, multiples of 8.
     Subgroup8,
+    /// The same for a few rows (decoding); its backward pass is that of `Subgroup8`.
+    FewSubgroup8,
 }
 
 /// Which keys a query may see.
@@ -249,7 +252,9 @@ fn choose(gpu: &Gpu, call: &Call) -> AttentionKernel {
     let tokens = gpu.rows().unwrap_or(call.tile_tokens as usize);
     let rows = tokens * call.shared as usize;
     if eights && call.head_dim.is_multiple_of(8) && call.head_dim <= SUBGROUP8_HEAD_DIM {
-        AttentionKernel::Subgroup8
+        // A row has the same bits whatever tile it lies in.
+        let few = if call.cached { tokens <= FEW_ROWS } else { rows <= FEW_ROWS };
+        if few { AttentionKernel::FewSubgroup8 } else { AttentionKernel::Subgroup8 }
     } else if rows <= FEW_ROWS && call.head_dim <= FEW_HEAD_DIM {
         AttentionKernel::Few
     } else {
@@ -356,8 +361,15 @@ impl Call {
             AttentionKernel::Tile => 64,
             AttentionKernel::Few => FEW_ROWS as u32,
             AttentionKernel::Subgroup8 => 32,
+            AttentionKernel::FewSubgroup8 => 4 * self.quads(),
         };
         self.grid(self.tile_tokens * self.shared, rows)
+    }
+
+    /// Row quads in a tile of [`AttentionKernel::FewSubgroup8`]: at most four, and as few idle ones as may be.
+    fn quads(&self) -> u32 {
+        let quads = (self.tile_tokens * self.shared).div_ceil(4).max(1);
+        quads.div_ceil(quads.div_ceil(4))
     }
 
     /// Pieces of the keys that are worked on side by side: more than one where a few query rows would leave most of
@@ -390,20 +402,25 @@ impl Call {
             AttentionKernel::Tile => TILE,
             AttentionKernel::Few => FEW,
             AttentionKernel::Subgroup8 => SUBGROUP8,
+            AttentionKernel::FewSubgroup8 => FEW_SUBGROUP8,
         };
+        let [h, spans, shared] = self.constants();
+        let constants = [h, spans, shared, ("QUADS", self.quads())];
+        let own = usize::from(kernel == AttentionKernel::FewSubgroup8);
+        let shader = shader.with(&constants[..3 + own]);
         // Without documents the binding is never read; any tensor may stand in.
         let spans = self.spans.as_ref().unwrap_or(k);
         let reads = [q, k, v, spans];
         let [x, y, z] = self.forward_grid(kernel);
         let grid = [x * p.splits, y, z];
         if splits == 1 {
-            shader.with(&self.constants()).run(p, &reads, &[&o, &stats], grid);
+            shader.run(p, &reads, &[&o, &stats], grid);
             return (o, stats);
         }
         let h = self.head_dim;
         let parts = Tensor::empty(gpu, [splits, rows, h], DType::F32, "attention parts");
         let lse = Tensor::empty(gpu, [splits, rows], DType::F32, "attention parts");
-        shader.with(&self.constants()).run(p, &reads, &[&parts, &lse], grid);
+        shader.run(p, &reads, &[&parts, &lse], grid);
         let sizes = [p.rows, h as u32 / 4, p.splits];
         let quads = rows * h / 4;
         COMBINE.run(&sizes, &[&parts, &lse], &[&o, &stats], fold(quads.div_ceil(64)));
@@ -431,7 +448,9 @@ impl Call {
         let spans = self.spans.as_ref().unwrap_or(k);
         let reads = [q, k, v, spans, dy, stats];
         let (to_q, to_kv, rows, keys) = match kernel {
-            AttentionKernel::Subgroup8 => (BACKWARD_Q_SUBGROUP8, BACKWARD_KV_SUBGROUP8, 32, 32),
+            AttentionKernel::Subgroup8 | AttentionKernel::FewSubgroup8 => {
+                (BACKWARD_Q_SUBGROUP8, BACKWARD_KV_SUBGROUP8, 32, 32)
+            }
             AttentionKernel::Tile | AttentionKernel::Few => (BACKWARD_Q, BACKWARD_KV, 64, 64),
         };
         let constants = self.constants();

@@ -2,6 +2,7 @@
 
 use super::{AttentionKernel, AttentionOptions, Call, Lane, Lanes, Mask};
 use super::{attention, attention_cached, attention_with};
+use crate::gpu::Gpu;
 use crate::ops::case::{Case, Input, Tolerance};
 use crate::tensor::Shape;
 use crate::tensor::host::Array;
@@ -133,6 +134,15 @@ fn documents(mask: Mask, lengths: &[u32], extents: Extents) -> Case {
     .tolerance(TOLERANCE)
 }
 
+/// Whether a device has what a kernel is made of.
+fn runs(kernel: AttentionKernel, gpu: &Gpu) -> bool {
+    use AttentionKernel::{Few, FewSubgroup8, Subgroup8, Tile};
+    match kernel {
+        Tile | Few => true,
+        Subgroup8 | FewSubgroup8 => gpu.has_subgroups_of(8),
+    }
+}
+
 /// The same call forced through one kernel, with its keys in so many pieces.
 fn forced(kernel: AttentionKernel, splits: usize, mask: Mask, extents: Extents) -> Case {
     let plain = case(mask, extents);
@@ -144,7 +154,7 @@ fn forced(kernel: AttentionKernel, splits: usize, mask: Mask, extents: Extents) 
         }),
         ..plain
     }
-    .needs(move |gpu| kernel != AttentionKernel::Subgroup8 || gpu.has_subgroups_of(8))
+    .needs(move |gpu| runs(kernel, gpu))
 }
 
 /// Rows, position, block, prefix and slot of each sequence.
@@ -179,9 +189,7 @@ fn cached(told: Told<'_>, [n, g, h]: [usize; 3], by: Option<(AttentionKernel, us
         move |x| reference(x, &view),
     )
     .tolerance(TOLERANCE)
-    .needs(move |gpu| {
-        !matches!(by, Some((AttentionKernel::Subgroup8, _))) || gpu.has_subgroups_of(8)
-    })
+    .needs(move |gpu| by.is_none_or(|(kernel, _)| runs(kernel, gpu)))
 }
 
 /// A bench: pairs of a query and a key that it sees, times the heads, cost 4 H operations each.
@@ -224,7 +232,7 @@ fn bench_cached(sequences: usize, rows: usize, keys: usize, heads: [usize; 3]) -
 
 /// Attention's cases.
 pub fn cases() -> Vec<Case> {
-    use AttentionKernel::{Few, Subgroup8, Tile};
+    use AttentionKernel::{Few, FewSubgroup8, Subgroup8, Tile};
     use Mask::{BlockCausal, Causal, Full, TwoCopy};
     let mut cases = vec![
         case(Full, [1, 1, 1, 1, 1, 4]),
@@ -252,6 +260,12 @@ pub fn cases() -> Vec<Case> {
         cases.push(forced(kernel, 3, BlockCausal(4), [2, 24, 150, 2, 1, 8]));
     }
     cases.push(forced(Few, 1, Full, [1, 6, 70, 4, 2, 72]));
+    // One to four row quads in a tile, and more tiles than one.
+    for (tq, h) in [(1, 8), (4, 128), (5, 72), (8, 8)] {
+        cases.push(forced(FewSubgroup8, 1, Full, [1, tq, 70, 4, 2, h]));
+    }
+    cases.push(forced(FewSubgroup8, 1, Causal, [2, 71, 71, 4, 2, 8]));
+    cases.push(forced(FewSubgroup8, 3, TwoCopy(4), [1, 140, 140, 2, 1, 8]));
     // One sequence: blocks, a last block that is cut, the causal mask, none.
     cases.push(cached(&[(8, 69, 4, (0, 0), 0)], [2, 1, 8], None));
     cases.push(cached(&[(3, 0, 4, (0, 0), 5)], [2, 1, 8], None));
@@ -266,7 +280,7 @@ pub fn cases() -> Vec<Case> {
         (70, 0, 1, (0, 0), 420),
     ];
     cases.push(cached(ragged, [2, 1, 8], None));
-    for kernel in [Tile, Few, Subgroup8] {
+    for kernel in [Tile, Few, Subgroup8, FewSubgroup8] {
         cases.push(cached(ragged, [2, 1, 8], Some((kernel, 1))));
         // More pieces than tiles of keys: some are empty.
         cases.push(cached(ragged, [4, 2, 8], Some((kernel, 5))));
