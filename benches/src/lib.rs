@@ -10,6 +10,7 @@
 pub mod ab;
 pub mod compare;
 pub mod control;
+pub mod decode;
 pub mod device;
 pub mod export;
 pub mod html;

@@ -172,10 +172,9 @@ impl Session {
 
     /// What the controls reach at their best, in the device's own time where it has timestamps.
     pub fn limits(&self) -> Result<Limits> {
-        let copy = Control::copy(&self.gpu, true);
         Ok(Limits {
             gflops: best(&self.gpu, &self.fma.0, self.fma.1)? / 1e9,
-            gbytes: best(&self.gpu, &copy, 1)? / 1e9,
+            gbytes: copied(&self.gpu)?,
         })
     }
 
@@ -189,6 +188,16 @@ impl Session {
         let same = read(&(prepared.work.run)())? == prepared.result;
         Ok(same.then_some(()).ok_or_else(|| "the result changed between two calls".into()))
     }
+}
+
+/// What a device can do at most, by the wall's clock.
+pub fn limits(gpu: &Gpu) -> Result<Limits> {
+    Ok(Limits { gflops: multiply_adds(gpu)? / 1e9, gbytes: copied(gpu)? })
+}
+
+/// 10⁹ bytes a second of a copy.
+fn copied(gpu: &Gpu) -> Result<f64> {
+    Ok(best(gpu, &Control::copy(gpu, true), 1)? / 1e9)
 }
 
 /// Floating-point operations of f32 that the device does in a second at most, as multiply-adds in registers. Takes some

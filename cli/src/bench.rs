@@ -1,5 +1,7 @@
 //! `demask bench`: measure kernels, compare two measurements, stop what has become slower.
 
+mod decode;
+
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -25,8 +27,9 @@ Examples:
   demask bench compare base.json new.json           a table; 1 if one is 5% slower
   demask bench ab old/demask new/demask             two programs in turn: the surest
   demask bench report *.json --html report.html
+  demask bench decode --model DIR                   tokens/s of a model, by mode and length
 
-Every result is checked against an f64 reference before it is timed. In a project's
+Every kernel's result is checked against an f64 reference before it is timed. In a project's
 own CI: docs/regression-gate.md. Options common to all: --adapter where a device is
 used, --json FILE where a record is written (- is stdout).";
 
@@ -90,6 +93,7 @@ enum Command {
     Compare(CompareArgs),
     Ab(AbArgs),
     Report(ReportArgs),
+    Decode(decode::Args),
     #[command(hide = true)]
     Worker(WorkerArgs),
 }
@@ -254,6 +258,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Command::Compare(args) => compare_records(args),
         Command::Ab(args) => compare_programs(args),
         Command::Report(args) => report(args),
+        Command::Decode(args) => decode::run(args),
         Command::Worker(args) => {
             ab::work(&Suite::from(args.suite.as_str()), args.adapter)?;
             Ok(ExitCode::SUCCESS)

@@ -49,6 +49,9 @@ const SIDE_BY_SIDE: usize = 8;
 /// Fill holes in a file, or write anew what the model doubts
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
+#[command(
+    override_usage = "demask infill [OPTIONS] --model <PATH> <--at …|--hole-marker …|--below …> <FILE>"
+)]
 #[command(group(clap::ArgGroup::new("where").required(true).args(["at", "hole_marker", "below"])))]
 pub struct Args {
     /// The file, UTF-8; - is stdin

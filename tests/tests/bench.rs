@@ -127,6 +127,49 @@ fn a_run_is_recorded_compared_and_reported() {
     assert!(bmf["swiglu [512, 1536]"]["latency"]["value"].as_f64().is_some_and(|ns| ns > 0.0));
 }
 
+/// The model that comes with demask, block by block and one token at a time: what is counted adds up.
+#[test]
+fn a_model_is_timed_by_rows_by_length_and_by_mode() {
+    if gpu().is_none() {
+        return;
+    }
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../trainer/models/small-coder");
+    let run = ["bench", "decode", "--model", model, "--quiet", "--no-tune", "--rounds", "2"];
+    let asked = ["--tokens", "96", "--depths", "16,64", "--steps", "1", "--threshold", "1"];
+    let (out, _) = ends(&[&run[..], &asked, &["--json"]].concat(), 0);
+    let told: Value = serde_json::from_str(&out).expect("one object");
+    let passes = told["passes"].as_array().expect("passes");
+    let shapes: Vec<_> = passes.iter().map(|p| (p["rows"].as_u64(), p["depth"].as_u64())).collect();
+    let each = |rows| [(Some(rows), Some(16)), (Some(rows), Some(64))];
+    assert_eq!(shapes, [each(1), each(4), each(8)].concat());
+    assert!(passes.iter().all(|p| p["seconds"].as_f64() > Some(0.0)));
+    assert_eq!(passes[0]["growth"].as_f64(), Some(1.0));
+    let answers = told["answers"].as_array().expect("answers");
+    let counts: Vec<_> =
+        answers.iter().map(|a| (a["tokens"].as_u64(), a["forwards"].as_u64())).collect();
+    // A prompt of 18 tokens: the first block has two open positions, the last one too.
+    assert_eq!(told["prompt_tokens"], 18);
+    assert_eq!(counts, [(Some(96), Some(96)), (Some(96), Some(96)), (Some(96), Some(25))]);
+    for answer in answers {
+        let parts = answer["parts"].as_array().expect("parts");
+        let bounds: Vec<_> = parts.iter().map(|p| (p[0].as_u64(), p[1].as_u64())).collect();
+        assert_eq!(bounds, [(Some(0), Some(64)), (Some(64), Some(96))]);
+        let range = [0, 1].map(|i| answer["range"][i].as_f64().expect("seconds"));
+        let fastest: f64 = parts
+            .iter()
+            .map(|p| p[2].as_f64().unwrap() * [64.0, 32.0][usize::from(p[0] != 0)])
+            .sum();
+        assert!((fastest - range[0]).abs() < 1e-6 && range[0] <= range[1], "{answer}");
+    }
+    let (table, _) = ends(&[&run[..], &["--tokens", "8", "--depths", "16"]].concat(), 0);
+    assert!(
+        ["after", "tokens/pass", "threshold 0.95"].iter().all(|w| table.contains(w)),
+        "{table}"
+    );
+    let (_, err) = ends(&[&run[..], &["--depths", "100000"]].concat(), 1);
+    assert!(err.contains("--depths") && err.contains("2048"), "{err}");
+}
+
 #[test]
 fn hostile_files_and_lines_are_one_error() {
     let folder = tempfile::tempdir().unwrap();

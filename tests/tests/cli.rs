@@ -59,7 +59,8 @@ fn stories() -> Option<String> {
 
 #[test]
 fn help_teaches_and_is_a_success() {
-    for command in ["demo", "doctor", "train", "generate", "score", "bench"] {
+    let commands = ["demo", "doctor", "train", "generate", "infill", "edit", "score", "bench"];
+    for command in commands {
         let output = demask(&[command, "--help"]);
         assert!(output.status.success());
         let help = text(&output.stdout);
