@@ -4,6 +4,7 @@
 // dispatch  (query tiles of 64 x splits, G, B)
 // shared    8 quads of 64 queries and 32 keys, then 64 x 32 weights and 8 quads of 32 values: 13.5 KiB
 #import mask
+#import keys
 #import tile
 const H: u32 = 64u; // host 4 64 128 192
 const H4: u32 = H / 4u;
@@ -13,8 +14,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
-@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, Tk, G, H / 4]
-@group(0) @binding(3) var<storage, read> v: array<vec4<f32>>;            // [B, Tk, G, H / 4]
+@group(0) @binding(2) var<storage, read> k: array<KeyQuad>;              // [B, Tk, G, H / 4]
+@group(0) @binding(3) var<storage, read> v: array<KeyQuad>;              // [B, Tk, G, H / 4]
 @group(0) @binding(4) var<storage, read> spans: array<u32>;              // [words]
 @group(0) @binding(5) var<storage, read_write> o: array<vec4<f32>>;      // [splits, B, Tq, N, H / 4]
 @group(0) @binding(6) var<storage, read_write> stats: array<f32>;        // [splits, B, Tq, N]
@@ -29,8 +30,8 @@ fn stage_scores(t: u32, d: u32, qx: vec4<u32>, kx: vec4<u32>) {
     tile[to + 144u] = inside * q[qx.y * H4 + quad];
     tile[to + 288u] = inside * q[qx.z * H4 + quad];
     tile[to + 432u] = inside * q[qx.w * H4 + quad];
-    tile[to + OTHERS] = inside * k[kx.x * H4 + quad];
-    tile[to + OTHERS + 144u] = inside * k[kx.y * H4 + quad];
+    tile[to + OTHERS] = inside * wide(k[kx.x * H4 + quad]);
+    tile[to + OTHERS + 144u] = inside * wide(k[kx.y * H4 + quad]);
 }
 
 fn largest(t: u32) -> vec4<f32> {
@@ -97,8 +98,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var d = 0u; d < H4; d += 8u) {
             let quad = min(d + t % 8u, H4 - 1u);
             workgroupBarrier();
-            tile[STAGED + t] = v[kx.x * H4 + quad];
-            tile[STAGED + t + 128u] = v[kx.y * H4 + quad];
+            tile[STAGED + t] = wide(v[kx.x * H4 + quad]);
+            tile[STAGED + t + 128u] = wide(v[kx.y * H4 + quad]);
             workgroupBarrier();
             let x = sum[d / 8u];
             sum[d / 8u] = weighted(mat4x4<f32>(x[0] * shrink.x, x[1] * shrink.y, x[2] * shrink.z, x[3] * shrink.w), t);

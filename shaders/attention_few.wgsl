@@ -4,6 +4,7 @@
 // dispatch  (query tiles of 16 x splits, G, B): 64 lanes are keys for the scores, then dimensions for the sum
 // shared    16 queries, 64 x 16 weights, 13 KiB at H = 128
 #import mask
+#import keys
 const H: u32 = 64u; // host 4 64 128
 const H4: u32 = H / 4u;
 const PER_LANE: u32 = (H + 63u) / 64u;
@@ -13,8 +14,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
-@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, Tk, G, H / 4]
-@group(0) @binding(3) var<storage, read> v: array<f32>;                  // [B, Tk, G, H]
+@group(0) @binding(2) var<storage, read> k: array<KeyQuad>;              // [B, Tk, G, H / 4]
+@group(0) @binding(3) var<storage, read> v: array<KeyPair>;              // [B, Tk, G, H / 2]
 @group(0) @binding(4) var<storage, read> spans: array<u32>;              // [words]
 @group(0) @binding(5) var<storage, read_write> o: array<f32>;            // [splits, B, Tq, N, H]
 @group(0) @binding(6) var<storage, read_write> stats: array<f32>;        // [splits, B, Tq, N]
@@ -68,7 +69,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var s: mat4x4<f32>;
         workgroupBarrier();
         for (var d = 0u; d < H4; d += 1u) {
-            let x = k[kx + d];
+            let x = wide(k[kx + d]);
             s += mat4x4<f32>(scores(d, 0u, x), scores(d, 4u, x), scores(d, 8u, x), scores(d, 12u, x));
         }
         for (var c = 0u; c < 4u; c += 1u) {
@@ -104,7 +105,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let y = sum[j];
             var x = mat4x4<f32>(y[0] * shrink[0], y[1] * shrink[1], y[2] * shrink[2], y[3] * shrink[3]);
             for (var i = 0u; i < min(64u, last + 1u - first); i += 1u) {
-                let value = v[key_at(batch, kv_head, vec4<u32>(first + i)).x * H + d];
+                let value = wide_pair(v[(key_at(batch, kv_head, vec4<u32>(first + i)).x * H + d) / 2u])[d % 2u];
                 let at = i * 4u;
                 x += mat4x4<f32>(weights[at], weights[at + 1u], weights[at + 2u], weights[at + 3u]) * value;
             }

@@ -5,24 +5,27 @@
 // Eight keys at a time. For the scores a lane has a key, for the sum every eighth dimension; the rows are a quad's
 // components. Nothing is shared but by broadcasts, and arrays are indexed by constants, so that no lane loads for another.
 #import mask
+#import keys
 const H: u32 = 64u;      // host 8 64 128
 const QUADS: u32 = 1u;   // host 1 2 3 4
 const OCTS: u32 = H / 8u;
+const PAIRS: u32 = (OCTS + 1u) / 2u;
 const NEVER: f32 = -3.0e38;
+const FOUR: vec4<u32> = vec4<u32>(0u, 1u, 2u, 3u);
 alias Eight = array<vec4<f32>, 8>;
 struct Params {
     tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<f32>;                  // [B, Tq, N, H]
-@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, Tk, G, H / 4]
-@group(0) @binding(3) var<storage, read> v: array<f32>;                  // [B, Tk, G, H]
+@group(0) @binding(2) var<storage, read> k: array<KeyQuad>;              // [B, Tk, G, H / 4]
+@group(0) @binding(3) var<storage, read> v: array<KeyPair>;              // [B, Tk, G, H / 2]
 @group(0) @binding(4) var<storage, read> spans: array<u32>;              // [words]
-@group(0) @binding(5) var<storage, read_write> o: array<f32>;            // [splits, B, Tq, N, H]
+@group(0) @binding(5) var<storage, read_write> o: array<vec2<f32>>;      // [splits, B, Tq, N, H / 2]
 @group(0) @binding(6) var<storage, read_write> stats: array<f32>;        // [splits, B, Tq, N]
 
 var<private> queries: array<vec4<f32>, QUADS * OCTS>;   // dimension 8 oct + lane of a quad's rows
-var<private> sums: array<vec4<f32>, QUADS * OCTS>;      // the same of the output
+var<private> sums: array<mat2x4<f32>, QUADS * PAIRS>;   // of the output, pairs 8 i + lane of dimensions
 var<private> s: array<vec4<f32>, QUADS>;                // scores of the lane's key
 var<private> m: array<vec4<f32>, QUADS>;
 var<private> total: array<vec4<f32>, QUADS>;            // of the lane's keys
@@ -32,7 +35,7 @@ var<private> seen: array<array<vec4<u32>, 4>, QUADS>;   // by row, the two range
 
 // A quad of rows from `first` on; past the edge the last one again.
 fn begin(quad: u32, batch: u32, kv_head: u32, tile: vec2<u32>, lane: u32) {
-    let row = min(vec4<u32>(0u, 1u, 2u, 3u) + tile.x + 4u * quad, vec4<u32>(tile.y - 1u));
+    let row = min(FOUR + tile.x + 4u * quad, vec4<u32>(tile.y - 1u));
     let at = query_at(batch, kv_head, row) * H + lane;
     for (var i = 0u; i < OCTS; i += 1u) {
         queries[quad * OCTS + i] = vec4<f32>(q[at.x + 8u * i], q[at.y + 8u * i], q[at.z + 8u * i], q[at.w + 8u * i]);
@@ -44,7 +47,6 @@ fn begin(quad: u32, batch: u32, kv_head: u32, tile: vec2<u32>, lane: u32) {
     m[quad] = vec4<f32>(NEVER);
 }
 
-// What each of the eight lanes holds of a quad of rows.
 fn handed_round(x: vec4<f32>) -> Eight {
     return Eight(
         subgroupBroadcast(x, 0u), subgroupBroadcast(x, 1u), subgroupBroadcast(x, 2u), subgroupBroadcast(x, 3u),
@@ -75,13 +77,15 @@ fn weigh(quad: u32, number: u32, far: bool) {
     s[quad] = vec4<f32>();
 }
 
-// Adds the weighted values of eight keys, in one dimension.
-fn values(oct: u32, from_a: vec4<u32>, from_b: vec4<u32>) {
-    let a = vec4<f32>(v[from_a.x], v[from_a.y], v[from_a.z], v[from_a.w]);
-    let b = vec4<f32>(v[from_b.x], v[from_b.y], v[from_b.z], v[from_b.w]);
+// Adds the weighted values of eight keys, in two dimensions.
+fn values(i: u32, x: vec4<u32>, y: vec4<u32>) {
+    let a = transpose(mat4x2<f32>(wide_pair(v[x.x]), wide_pair(v[x.y]), wide_pair(v[x.z]), wide_pair(v[x.w])));
+    let b = transpose(mat4x2<f32>(wide_pair(v[y.x]), wide_pair(v[y.y]), wide_pair(v[y.z]), wide_pair(v[y.w])));
     for (var quad = 0u; quad < QUADS; quad += 1u) {
-        let at = quad * OCTS + oct;
-        sums[at] = add(sums[at] * shrink[quad], weights[quad], a, b);
+        let old = sums[quad * PAIRS + i];
+        let w = weights[quad];
+        let even = add(old[0] * shrink[quad], w, a[0], b[0]);
+        sums[quad * PAIRS + i] = mat2x4<f32>(even, add(old[1] * shrink[quad], w, a[1], b[1]));
     }
 }
 
@@ -90,15 +94,16 @@ fn end(quad: u32, batch: u32, kv_head: u32, tile: vec2<u32>, split: u32, lane: u
     // A row that may see nothing is zero, not NaN.
     let inverse = select(vec4<f32>(), 1.0 / all, all > vec4<f32>());
     let lse = select(vec4<f32>(NEVER), m[quad] + log(all), all > vec4<f32>());
-    let row = vec4<u32>(0u, 1u, 2u, 3u) + tile.x + 4u * quad;
+    let row = FOUR + tile.x + 4u * quad;
     let to = query_at(batch, kv_head, row) + split * p.rows;
     for (var r = 0u; r < 4u; r += 1u) {
         if row[r] >= tile.y {
             return;
         }
         stats[to[r]] = lse[r];
-        for (var i = 0u; i < OCTS; i += 1u) {
-            o[to[r] * H + 8u * i + lane] = sums[quad * OCTS + i][r] * inverse[r];
+        for (var i = 0u; i < PAIRS && 8u * i + lane < H / 2u; i += 1u) {
+            let x = sums[quad * PAIRS + i];
+            o[to[r] * (H / 2u) + 8u * i + lane] = vec2<f32>(x[0][r], x[1][r]) * inverse[r];
         }
     }
 }
@@ -119,27 +124,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
     let steps = near + (max(tail.w, head.z) - head.z + 7u) / 8u;
     for (var step = steps * split / p.splits; step < steps * (split + 1u) / p.splits; step += 1u) {
         let far = step >= near;
-        let number = select(head.x + step * 8u, head.z + (step - near) * 8u, far) + lane;
+        let first = select(head.x + step * 8u, head.z + (step - near) * 8u, far);
+        let last = select(tail.y, tail.w, far) - 1u;
         // Past the last key that one again, which no row then sees.
-        let key = key_at(group.z, group.y, vec4<u32>(min(number, select(tail.y, tail.w, far) - 1u))).x;
+        let key = key_at(group.z, group.y, vec4<u32>(min(first + lane, last))).x;
         for (var i = 0u; i < OCTS; i += 1u) {
             let at = key * (H / 4u) + 2u * i;
             for (var j = 0u; j < QUADS; j += 1u) {
-                s[j] = add(s[j], handed_round(queries[j * OCTS + i]), k[at], k[at + 1u]);
+                s[j] = add(s[j], handed_round(queries[j * OCTS + i]), wide(k[at]), wide(k[at + 1u]));
             }
         }
         for (var i = 0u; i < QUADS; i += 1u) {
-            weigh(i, number, far);
+            weigh(i, first + lane, far);
         }
-        let at = key * H;
-        let a = lane + vec4<u32>(
-            subgroupBroadcast(at, 0u), subgroupBroadcast(at, 1u), subgroupBroadcast(at, 2u), subgroupBroadcast(at, 3u),
-        );
-        let b = lane + vec4<u32>(
-            subgroupBroadcast(at, 4u), subgroupBroadcast(at, 5u), subgroupBroadcast(at, 6u), subgroupBroadcast(at, 7u),
-        );
-        for (var i = 0u; i < OCTS; i += 1u) {
-            values(i, a + 8u * i, b + 8u * i);
+        let a = key_at(group.z, group.y, min(first + FOUR, vec4<u32>(last))) * (H / 2u);
+        let b = key_at(group.z, group.y, min(first + 4u + FOUR, vec4<u32>(last))) * (H / 2u);
+        for (var i = 0u; i < PAIRS; i += 1u) {
+            let d = min(8u * i + lane, H / 2u - 1u);
+            values(i, a + d, b + d);
         }
     }
     for (var i = 0u; i < QUADS; i += 1u) {

@@ -4,6 +4,7 @@
 // dispatch  (query tiles of 32 x splits, G, B): a workgroup is one subgroup, a lane has four query rows
 // shared    32 x 32 weights, 4 KiB; a lane reads only what it wrote
 #import mask
+#import keys
 #import eight
 const H: u32 = 64u; // host 8 64 128
 const NEVER: f32 = -3.0e38;
@@ -12,8 +13,8 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
-@group(0) @binding(2) var<storage, read> k: array<vec4<f32>>;            // [B, Tk, G, H / 4]
-@group(0) @binding(3) var<storage, read> v: array<vec4<f32>>;            // [B, Tk, G, H / 4]
+@group(0) @binding(2) var<storage, read> k: array<KeyQuad>;              // [B, Tk, G, H / 4]
+@group(0) @binding(3) var<storage, read> v: array<KeyQuad>;              // [B, Tk, G, H / 4]
 @group(0) @binding(4) var<storage, read> spans: array<u32>;              // [words]
 @group(0) @binding(5) var<storage, read_write> o: array<vec4<f32>>;      // [splits, B, Tq, N, H / 4]
 @group(0) @binding(6) var<storage, read_write> stats: array<f32>;        // [splits, B, Tq, N]
@@ -24,12 +25,16 @@ fn products(qx: vec4<u32>, kx: vec4<u32>) -> Scores {
     var s: Scores;
     for (var d = 0u; d < H / 4u; d += 1u) {
         let w = transpose(mat4x4<f32>(q[qx.x + d], q[qx.y + d], q[qx.z + d], q[qx.w + d]));
-        s[0] = eight(s[0], k[kx.x + d], w);
-        s[1] = eight(s[1], k[kx.y + d], w);
-        s[2] = eight(s[2], k[kx.z + d], w);
-        s[3] = eight(s[3], k[kx.w + d], w);
+        s[0] = eight(s[0], wide(k[kx.x + d]), w);
+        s[1] = eight(s[1], wide(k[kx.y + d]), w);
+        s[2] = eight(s[2], wide(k[kx.z + d]), w);
+        s[3] = eight(s[3], wide(k[kx.w + d]), w);
     }
     return s;
+}
+
+fn rows_at(x: vec4<u32>) -> mat4x4<f32> {
+    return mat4x4<f32>(wide(v[x.x]), wide(v[x.y]), wide(v[x.z]), wide(v[x.w]));
 }
 
 // Adds the weighted values of 32 keys, the quads from `offset` on.
@@ -40,10 +45,9 @@ fn gather(sums: Sums, batch: u32, kv_head: u32, first: u32, last: u32, offset: u
         let w = mat4x4<f32>(weights[at], weights[at + 8u], weights[at + 16u], weights[at + 24u]);
         let vx = key_at(batch, kv_head, min(quad_of(first + i), vec4<u32>(last))) * (H / 4u);
         let d = min(vec2<u32>(offset, offset + 8u) + lane, vec2<u32>(H / 4u - 1u));
-        x[0] = add_rows(x[0], mat4x4<f32>(v[vx.x + d.x], v[vx.y + d.x], v[vx.z + d.x], v[vx.w + d.x]), w);
+        x[0] = add_rows(x[0], rows_at(vx + d.x), w);
         if B > 1u {
-            let y = mat4x4<f32>(v[vx.x + d.y], v[vx.y + d.y], v[vx.z + d.y], v[vx.w + d.y]);
-            x[LAST] = add_rows(x[LAST], y, w);
+            x[LAST] = add_rows(x[LAST], rows_at(vx + d.y), w);
         }
     }
     return x;

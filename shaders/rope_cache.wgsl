@@ -1,24 +1,21 @@
 // rope_cache: rotates the queries and keys of new tokens by their positions; keys and values go into a layer's cache
 // x             [T, N + 2 G, H]: queries, keys, values
-// frequency     [H / 2]
+// frequency     [H / 2]; H a multiple of 4
 // places        [T]: each token's position and slot
 // y             [T, N, H], the queries
 // keys, values  [slots, G, H]
-// dispatch      256 pairs a workgroup, folded
+// dispatch      256 times two neighbouring pairs a workgroup, folded
 #import grid
 #import rotation
+#import keys
 struct Params { tokens: u32, heads: u32, kv_heads: u32, half: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> x: array<f32>;               // [T, N + 2 G, H]
-@group(0) @binding(2) var<storage, read> frequency: array<f32>;       // [H / 2]
-@group(0) @binding(3) var<storage, read> places: array<vec2<u32>>;    // [T]
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;         // [T, N, H]
-@group(0) @binding(5) var<storage, read_write> keys: array<f32>;      // [slots, G, H]
-@group(0) @binding(6) var<storage, read_write> values: array<f32>;    // [slots, G, H]
-
-fn rotated(a: f32, b: f32, r: vec2<f32>) -> vec2<f32> {
-    return vec2<f32>(a * r.x - b * r.y, b * r.x + a * r.y);
-}
+@group(0) @binding(1) var<storage, read> x: array<vec2<f32>>;             // [T, N + 2 G, H / 2]
+@group(0) @binding(2) var<storage, read> frequency: array<vec2<f32>>;     // [H / 4]
+@group(0) @binding(3) var<storage, read> places: array<vec2<u32>>;        // [T]
+@group(0) @binding(4) var<storage, read_write> y: array<vec2<f32>>;       // [T, N, H / 2]
+@group(0) @binding(5) var<storage, read_write> keys: array<KeyPair>;      // [slots, G, H / 2]
+@group(0) @binding(6) var<storage, read_write> values: array<KeyPair>;    // [slots, G, H / 2]
 
 @compute @workgroup_size(256)
 fn main(
@@ -26,31 +23,40 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let pair = linear_workgroup(group, groups) * 256u + lane;
+    let unit = linear_workgroup(group, groups) * 256u + lane;
     let heads = p.heads + 2u * p.kv_heads;
-    let token = pair / (heads * p.half);
+    let quarter = p.half / 2u;
+    let token = unit / (heads * quarter);
     if token >= p.tokens {
         return;
     }
-    let head = pair / p.half % heads;
-    let i = pair % p.half;
-    let at = (token * heads + head) * 2u * p.half + i;
+    let head = unit / quarter % heads;
+    let i = unit % quarter;
+    // Two elements of the head's first half, and those of its second that they turn with.
+    let at = (token * heads + head) * p.half + i;
+    let a = x[at];
+    let b = x[at + quarter];
     let place = places[token];
     let kv_head = place.y * p.kv_heads + head - p.heads;
     if head >= p.heads + p.kv_heads {
-        let to = (kv_head - p.kv_heads) * 2u * p.half + i;
-        values[to] = x[at];
-        values[to + p.half] = x[at + p.half];
+        let to = (kv_head - p.kv_heads) * p.half + i;
+        values[to] = narrow(a);
+        values[to + quarter] = narrow(b);
         return;
     }
-    let turned = rotated(x[at], x[at + p.half], cos_sin(rotary_angle(place.x, frequency[i])));
+    let first = cos_sin(rotary_angle(place.x, frequency[i].x));
+    let second = cos_sin(rotary_angle(place.x, frequency[i].y));
+    let c = vec2<f32>(first.x, second.x);
+    let s = vec2<f32>(first.y, second.y);
+    let low = a * c - b * s;
+    let high = b * c + a * s;
     if head < p.heads {
-        let to = (token * p.heads + head) * 2u * p.half + i;
-        y[to] = turned.x;
-        y[to + p.half] = turned.y;
+        let to = (token * p.heads + head) * p.half + i;
+        y[to] = low;
+        y[to + quarter] = high;
     } else {
-        let to = kv_head * 2u * p.half + i;
-        keys[to] = turned.x;
-        keys[to + p.half] = turned.y;
+        let to = kv_head * p.half + i;
+        keys[to] = narrow(low);
+        keys[to + quarter] = narrow(high);
     }
 }

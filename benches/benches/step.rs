@@ -11,7 +11,7 @@ use demask_engine::decode::{
     self, BlockOptions, DecodeOptions, Decoder, Mode, Request, Sampling, Schedule,
 };
 use demask_engine::gpu::{Gpu, GpuOptions, Stats};
-use demask_engine::model::{Inputs, KvCache, Llama, Precision};
+use demask_engine::model::{Inputs, Llama, Precision};
 use demask_engine::ops::{AttentionOptions, Mask, Supervision, linear_cross_entropy};
 use demask_engine::tensor::Tensor;
 use demask_engine::{Error, Result};
@@ -97,7 +97,7 @@ fn decode(path: &Path) -> Result<()> {
         let step = |gpu: &Gpu| {
             let model = models.iter().find(|m| std::ptr::eq(m.gpu().adapter(), gpu.adapter()));
             let model = model.ok_or_else(|| Error::Request("a model per device".into()))?;
-            let mut cache = KvCache::new(gpu, model.config(), 96);
+            let mut cache = model.cache(96);
             let hidden = model.step(&prompt[..rows], 64, Mask::BlockCausal(4), &mut cache);
             model.logits(&hidden).to_vec().map(drop)
         };

@@ -100,7 +100,7 @@ pub fn run(llama: &Llama, options: &Options, hear: Hear<'_>) -> Result<Option<De
     };
     {
         let deepest = options.depths.iter().max().copied().unwrap_or(0);
-        let mut cache = KvCache::new(gpu, llama.config(), deepest + block);
+        let mut cache = llama.cache(deepest + block);
         let mut rounds = vec![Vec::new(); ROUNDS + 1];
         for (round, times) in rounds.iter_mut().enumerate() {
             for shape in &shapes {
@@ -118,7 +118,7 @@ pub fn run(llama: &Llama, options: &Options, hear: Hear<'_>) -> Result<Option<De
                 median(&rounds[1..].iter().map(value).collect::<Vec<f64>>())
             };
             let growth = of(&|times| times[i] / times[first]);
-            done.passes.push(shape.pass(llama, of(&|times| times[i]), growth));
+            done.passes.push(shape.pass(llama, &cache, of(&|times| times[i]), growth));
         }
     }
     let mut runs: Vec<Vec<Run>> = options.answers.iter().map(|_| Vec::new()).collect();
@@ -172,7 +172,7 @@ impl Shape {
         Ok(began.elapsed().as_secs_f64())
     }
 
-    fn pass(&self, llama: &Llama, seconds: f64, growth: f64) -> Pass {
+    fn pass(&self, llama: &Llama, cache: &KvCache, seconds: f64, growth: f64) -> Pass {
         let Shape { rows, depth, before } = *self;
         let config = llama.config();
         let (mut weights, mut bytes) = (0, 0);
@@ -185,7 +185,7 @@ impl Shape {
         let layers = config.num_hidden_layers * config.head_dim;
         let keys = depth + rows - before;
         let flops = 2 * rows * weights + 4 * rows * keys * config.num_attention_heads * layers;
-        let bytes = bytes + 8 * keys * config.num_key_value_heads * layers;
+        let bytes = bytes + cache.bytes() / cache.capacity() * keys;
         let rate = |amount: usize| amount as f64 / seconds / 1e9;
         Pass { rows, depth, seconds, growth, gflops: rate(flops), gbytes: rate(bytes) }
     }

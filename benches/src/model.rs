@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Inputs, KvCache, Llama, LlamaConfig};
+use demask_engine::model::{Inputs, Llama, LlamaConfig};
 use demask_engine::ops::case::{Cost, Tolerance};
 use demask_engine::ops::{
     AdamW, AttentionOptions, Mask, Supervision, adamw_step, grad_norm, linear_cross_entropy,
@@ -144,7 +144,7 @@ fn decode(name: String, cost: Cost, model: Llama, reference: Rc<Reference>) -> W
     let vocabulary = model.config().vocab_size;
     let tokens: Vec<u32> = (0..LENGTH + BLOCK).map(|i| token(i, vocabulary)).collect();
     let mask = Mask::BlockCausal(BLOCK);
-    let mut cache = KvCache::new(model.gpu(), model.config(), LENGTH + BLOCK);
+    let mut cache = model.cache(LENGTH + BLOCK);
     model.step(&tokens[..LENGTH], 0, mask, &mut cache);
     let cache = RefCell::new(cache);
     let block = tokens[LENGTH..].to_vec();

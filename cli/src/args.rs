@@ -7,6 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use demask_engine::gpu::{ADAPTER_ENV, Gpu, GpuOptions};
 use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, StoredType, Weights};
+use demask_engine::tensor::DType;
 use serde_json::json;
 
 use crate::ui::{self, Notices};
@@ -128,6 +129,10 @@ pub struct ModelArgs {
     #[arg(long, value_enum, default_value = "stored", value_name = "TYPE")]
     pub precision: PrecisionArg,
 
+    /// Type of the keys and values of past tokens in device memory
+    #[arg(long, value_enum, default_value = "f32", value_name = "TYPE")]
+    pub cache: CacheArg,
+
     /// Let matrix units round both factors of a product to f16 where that is faster (sums stay f32)
     ///
     /// Activations beyond 65504 overflow: for models that are known to run in half precision.
@@ -142,6 +147,7 @@ pub struct Opened {
     weights: Weights,
     lora: Option<Lora>,
     precision: Precision,
+    cache: DType,
 }
 
 impl ModelArgs {
@@ -153,7 +159,11 @@ impl ModelArgs {
             lora.check(&config)?;
             lora.decoding.apply(&mut config);
         }
-        Ok(Opened { config, weights, lora, precision: self.precision.into() })
+        let cache = match self.cache {
+            CacheArg::F32 => DType::F32,
+            CacheArg::F16 => DType::F16,
+        };
+        Ok(Opened { config, weights, lora, precision: self.precision.into(), cache })
     }
 }
 
@@ -161,12 +171,22 @@ impl Opened {
     /// Uploads it.
     pub fn load(&self, gpu: &Gpu) -> Result<Llama> {
         let base = Llama::from_weights(gpu, &self.config, &self.weights, self.precision)
-            .with_context(|| format!("loading {}", self.weights.path().display()))?;
+            .with_context(|| format!("loading {}", self.weights.path().display()))?
+            .cached_in(self.cache);
         Ok(match &self.lora {
             None => base,
             Some(lora) => base.adapted(lora)?,
         })
     }
+}
+
+/// Type of a cache by name.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum CacheArg {
+    /// Exact
+    F32,
+    /// Half the memory, and faster behind long texts
+    F16,
 }
 
 /// [`Precision`] by name.

@@ -14,6 +14,7 @@ use demask_trainer::data::read::edit_request;
 use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs};
+use crate::chat::user_message;
 use crate::decoding::{DecodingArgs, mode_name, pass_rows};
 use crate::patch::{ApplyArgs, Lines};
 use crate::show::Stream;
@@ -99,7 +100,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let path = args.model.model.display();
     let tokenizer = Tokenizer::for_model(&args.model.model, &model.config)?;
     let draft = args.apply.open(&args.file)?;
-    let prompt = prompt(&tokenizer, &edit_request(&draft.text, &args.instruction))
+    let prompt = user_message(&tokenizer, &edit_request(&draft.text, &args.instruction))
         .with_context(|| path.to_string())?;
     let options = args.decoding.options("edit", &model.config, prompt.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;
@@ -157,27 +158,6 @@ pub fn run(args: Args) -> Result<ExitCode> {
         ui::count(cost.tokens as f64 / cost.forwards.max(1) as f64),
     ));
     Ok(ExitCode::SUCCESS)
-}
-
-/// The tokens of a request. What the file spells of special tokens does not end the request.
-fn prompt(tokenizer: &Tokenizer, request: &str) -> Result<Vec<u32>> {
-    let chat = tokenizer.chat()?.context(
-        "the model's tokenizer brings no chat template, so there is no way to ask it for an edit",
-    )?;
-    let render =
-        |content: &str| chat.render(&[json!({ "role": "user", "content": content })], true);
-    let ids = tokenizer.encode(&render(request)?, false)?;
-    let specials = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
-    // Not in any text, and no template takes it apart.
-    const HERE: &str = "\u{F8FE}here\u{F8FE}";
-    let frame = render(HERE)?;
-    let (before, behind) =
-        frame.split_once(HERE).context("the chat template leaves out what the user says")?;
-    let [before, behind] = [tokenizer.encode(before, false)?, tokenizer.encode(behind, false)?];
-    if specials(&ids) == specials(&before) + specials(&behind) {
-        return Ok(ids);
-    }
-    Ok([before, tokenizer.encode_text(request)?, behind].concat())
 }
 
 impl Editor<'_> {

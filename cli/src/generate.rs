@@ -12,6 +12,7 @@ use demask_engine::tune;
 use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs, read_text};
+use crate::chat::user_message;
 use crate::decoding::{DecodingArgs, block_length, mode_name, pass_rows, reason_name};
 use crate::show::{Live, Stream, answer_text, harmless};
 use crate::steps::{Steps, StepsArgs};
@@ -23,6 +24,7 @@ Examples:
   demask generate --model DIR --prompt 'def fibonacci(n):'
   demask generate --model DIR --prompt-file main.py --max-tokens 64 --show
   demask generate --model model.gguf --prompt 'Once upon' --temperature 0.8 --seed 7
+  demask generate --model DIR --chat --prompt 'Write a function that adds two numbers.'
   demask generate --model DIR --prompt 'class Stack:' --trace steps.html --explain-steps
   echo 'import os' | demask generate --model DIR --prompt-file - --json | jq -r .text
 
@@ -48,6 +50,10 @@ pub struct Args {
     /// A file with the text to continue, UTF-8; - is stdin
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
+
+    /// Answer the text as a user's message, by the model's chat template, instead of continuing it
+    #[arg(long)]
+    chat: bool,
 
     #[command(flatten)]
     decoding: DecodingArgs,
@@ -76,7 +82,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
         (None, Some(file)) => read_text(file)?,
         (None, None) => crate::usage("generate", "give --prompt or --prompt-file"),
     };
-    let ids = tokenizer.encode(&prompt, true)?;
+    let ids = match args.chat {
+        true => user_message(&tokenizer, &prompt)?,
+        false => tokenizer.encode(&prompt, true)?,
+    };
     let options = args.decoding.options("generate", &model.config, ids.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu)?;

@@ -7,6 +7,7 @@
 
 mod args;
 mod bench;
+mod chat;
 mod convert;
 mod data;
 mod decoding;

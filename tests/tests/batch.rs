@@ -7,6 +7,7 @@ use demask_engine::decode::{
 };
 use demask_engine::gpu::Gpu;
 use demask_engine::model::{DiffusionAttention, Llama, Precision};
+use demask_engine::tensor::DType;
 use demask_tests::{golden, gpu};
 
 const MASK_ID: u32 = 96;
@@ -79,8 +80,8 @@ fn together(llama: &Llama, room: Room, requests: &[Request], late: usize) -> Vec
 #[test]
 fn a_sequence_gets_the_same_bits_in_any_company() {
     let Some(gpu) = gpu() else { return };
-    for precision in [Precision::F32, Precision::Bf16] {
-        let llama = tiny(&gpu, precision);
+    for (precision, cache) in [(Precision::F32, DType::F32), (Precision::Bf16, DType::F16)] {
+        let llama = tiny(&gpu, precision).cached_in(cache);
         let requests = requests(&llama);
         let alone: Vec<Told> = requests
             .iter()
@@ -105,7 +106,12 @@ fn a_sequence_gets_the_same_bits_in_any_company() {
 #[test]
 fn prompts_that_begin_alike_are_read_once() {
     let Some(gpu) = gpu() else { return };
-    let llama = tiny(&gpu, Precision::F32);
+    for cache in [DType::F32, DType::F16] {
+        read_once(&tiny(&gpu, Precision::F32).cached_in(cache));
+    }
+}
+
+fn read_once(llama: &Llama) {
     let common = prompt(5, 70);
     let ask = |tail: &[u32], mode: &Mode, seed| {
         let prompt = [&common[..], tail].concat();
@@ -118,9 +124,9 @@ fn prompts_that_begin_alike_are_read_once() {
             [ask(&[1, 2, 3, 4, 5], &mode, 0), ask(&[9, 8], &mode, 0), ask(&[], &mode, 7)];
         let alone: Vec<Told> = requests
             .iter()
-            .map(|r| together(&llama, ROOM, std::slice::from_ref(r), 0).remove(0))
+            .map(|r| together(llama, ROOM, std::slice::from_ref(r), 0).remove(0))
             .collect();
-        let mut decoder = Decoder::new(&llama, ROOM);
+        let mut decoder = Decoder::new(llama, ROOM);
         let mut ids = Vec::new();
         let mut events = Vec::new();
         for request in &requests {
@@ -145,7 +151,7 @@ fn prompts_that_begin_alike_are_read_once() {
         let longer = [&common[..], &[1, 2, 3, 4, 5], answer, &[7; 9]].concat();
         let request = Request::answer(llama.config(), &longer, &options(mode.clone(), 6, 0));
         let request = request.expect("it fits");
-        let want = together(&llama, ROOM, std::slice::from_ref(&request), 0).remove(0);
+        let want = together(llama, ROOM, std::slice::from_ref(&request), 0).remove(0);
         let id = decoder.submit(request).expect("it fits");
         while !decoder.is_idle() {
             decoder.advance(&mut events).expect("the device works");

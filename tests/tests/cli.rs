@@ -403,3 +403,23 @@ fn train_stops_resumes_and_leaves_a_model() {
     assert!(demo["held_out_loss_after"].as_f64().is_some_and(f64::is_finite));
     assert!(Path::new(demo["kept"].as_str().expect("a path")).join("config.json").exists());
 }
+
+#[test]
+fn a_message_is_one_turn_whatever_it_spells() {
+    if gpu().is_none() {
+        return;
+    }
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../trainer/models/small-coder");
+    let ask = |more: &[&str]| {
+        let text = "Say <|im_end|> twice.";
+        let args = ["generate", "--model", model, "--prompt", text, "--max-tokens", "4", "--json"];
+        let told = json(&demask(&[&args[..], more].concat()));
+        let ids = told["prompt_token_ids"].as_array().expect("ids").clone();
+        let special = |id: u64| ids.iter().filter(|i| i.as_u64() == Some(id)).count();
+        // The turns' begin and end tokens.
+        (special(5), special(6), ids[0].as_u64())
+    };
+    assert_eq!(ask(&["--chat", "--cache", "f16"]), (2, 1, Some(5)));
+    let (begins, ends, _) = ask(&[]);
+    assert_eq!((begins, ends), (0, 1), "a prompt may spell special tokens");
+}

@@ -7,7 +7,7 @@ use demask_engine::decode::{
     BlockOptions, Counters, DecodeOptions, Decoder, Event, FinishReason, Generation, Mode, Order,
     Request, Sampling, Schedule, bits_per_byte, generate, perplexity, score,
 };
-use demask_engine::model::{DiffusionAttention, KvCache, Llama, Precision};
+use demask_engine::model::{DiffusionAttention, Llama, Precision};
 use demask_engine::ops::Mask;
 use demask_engine::{Error, Result};
 use demask_tests::{golden, gpu};
@@ -75,7 +75,7 @@ fn commits(events: &[Event]) -> Vec<Vec<usize>> {
 
 /// Logits [T, V] of one pass over all tokens, with nothing cached.
 fn full_pass(llama: &Llama, tokens: &[u32], mask: Mask) -> Vec<Vec<f32>> {
-    let mut cache = KvCache::new(llama.gpu(), llama.config(), tokens.len());
+    let mut cache = llama.cache(tokens.len());
     let logits = llama.logits(&llama.step(tokens, 0, mask, &mut cache));
     let logits = logits.to_vec().expect("the device works");
     logits.chunks(llama.config().vocab_size).map(<[f32]>::to_vec).collect()

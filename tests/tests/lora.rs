@@ -6,7 +6,7 @@ use std::path::Path;
 use demask_engine::autograd::{Gradients, backward, without_recording};
 use demask_engine::model::lora::{Decoding, Lora, TARGETS};
 use demask_engine::model::merge::merge;
-use demask_engine::model::{Inputs, KvCache, Llama, LlamaConfig, Precision, StoredType};
+use demask_engine::model::{Inputs, Llama, LlamaConfig, Precision, StoredType};
 use demask_engine::ops::{AttentionOptions, Mask, Supervision, linear_cross_entropy};
 use demask_engine::philox::Philox;
 use demask_engine::tensor::Tensor;
@@ -96,7 +96,7 @@ fn an_adapter_computes_what_merged_weights_compute() {
             assert!(off < 2e-4, "{precision:?} dora {dora}: {off}");
             assert!(furthest(&one, &plain) > 0.05, "{precision:?}: the adapter changes nothing");
             // Decoding takes another path through the same weights.
-            let mut cache = KvCache::new(&gpu, adapted.config(), ids.len());
+            let mut cache = adapted.cache(ids.len());
             for (at, part) in [(0, &ids[..9]), (9, &ids[9..10]), (10, &ids[10..])] {
                 let hidden = adapted.step(part, at, Mask::Causal, &mut cache);
                 let v = adapted.config().vocab_size;

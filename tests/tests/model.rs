@@ -6,9 +6,7 @@ use std::path::Path;
 
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::{Gpu, GpuOptions};
-use demask_engine::model::{
-    Inputs, KvCache, Llama, LlamaConfig, Precision, StoredType, Tokenizer, Weights,
-};
+use demask_engine::model::{Inputs, Llama, LlamaConfig, Precision, StoredType, Tokenizer, Weights};
 use demask_engine::ops::case::Tolerance;
 use demask_engine::ops::{AttentionOptions, Mask, Supervision, linear_cross_entropy};
 use demask_engine::tensor::Tensor;
@@ -295,7 +293,7 @@ fn the_two_copy_pass_equals_cached_block_by_block_passes() {
         let xt: Vec<u32> = (0..l).map(|i| if i % 3 == 0 { 96 } else { x0[i] }).collect();
         let both = [&xt[..], &x0].concat();
         let whole = logits(&model, &both, [1, 2 * l], AttentionOptions::new(Mask::TwoCopy(b)));
-        let mut cache = KvCache::new(&gpu, model.config(), l);
+        let mut cache = model.cache(l);
         for start in (0..l).step_by(b) {
             let end = start + b;
             let noisy = model.step(&xt[start..end], start, Mask::BlockCausal(b), &mut cache);
@@ -323,7 +321,7 @@ fn cached_passes_equal_whole_passes_for_prompts_of_every_length() {
             let tokens: Vec<u32> = (0..l).map(|i| (i * 17 % 96) as u32).collect();
             let mask = Mask::BlockCausal(b);
             let whole = logits(&model, &tokens, [1, l], AttentionOptions::new(mask));
-            let mut cache = KvCache::new(&gpu, model.config(), l + 3);
+            let mut cache = model.cache(l + 3);
             model.step(&tokens[..prefix], 0, mask, &mut cache);
             // What a denoising pass left in the cache must not matter once the block is clean.
             model.step(&vec![96; b], prefix, mask, &mut cache);

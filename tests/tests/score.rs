@@ -3,8 +3,9 @@
 
 use demask_engine::Error;
 use demask_engine::decode::{BlockOptions, Mode, Schedule, compare, score};
-use demask_engine::model::{DiffusionAttention, KvCache, Llama, Precision, Weights};
+use demask_engine::model::{DiffusionAttention, Llama, Precision, Weights};
 use demask_engine::ops::Mask;
+use demask_engine::tensor::DType;
 use demask_tests::{checked_gpu, golden};
 
 const MASK_ID: u32 = 96;
@@ -38,7 +39,7 @@ fn by_definition(llama: &Llama, tokens: &[u32], length: usize, mask: Mask) -> Ve
         let end = (start + length).min(tokens.len());
         let mut seen = tokens[..start].to_vec();
         seen.resize(end, MASK_ID);
-        let mut cache = KvCache::new(llama.gpu(), llama.config(), end);
+        let mut cache = llama.cache(end);
         let logits = llama.logits(&llama.step(&seen, 0, mask, &mut cache));
         let logits = logits.to_vec().expect("the device works");
         all.extend(logits.chunks(llama.config().vocab_size).skip(start).map(log_softmax));
@@ -101,12 +102,14 @@ fn causal_diffusion_sees_no_block() {
 fn differences_between_two_models() {
     let Some(exact) = tiny(Precision::F32) else { return };
     let Some(rounded) = tiny(Precision::Bf16) else { return };
+    let Some(halved) = tiny(Precision::F32) else { return };
+    let halved = halved.cached_in(DType::F16);
     let tokens = text(37);
     for mode in [Mode::Autoregressive, blocks(4)] {
         let rows = |llama: &Llama| match mode {
             // A token is told by the row before it.
             Mode::Autoregressive => {
-                let mut cache = KvCache::new(llama.gpu(), llama.config(), tokens.len());
+                let mut cache = llama.cache(tokens.len());
                 let logits = llama.logits(&llama.step(&tokens, 0, Mask::Causal, &mut cache));
                 let logits = logits.to_vec().expect("the device works");
                 logits.chunks(97).take(36).map(log_softmax).collect()
@@ -128,6 +131,9 @@ fn differences_between_two_models() {
             let want = [&p, &q].map(|rows| rows[i][tokens[first + i] as usize]);
             assert!(got.logprobs.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-4));
         }
+        let near = compare(&halved, &exact, &tokens, &mode, |_| {}).expect("one model");
+        let kl = near.iter().map(|d| d.kl).fold(0.0, f64::max);
+        assert!(kl > 0.0 && kl < 1e-4, "keys and values in f16 change {kl}");
         let same = compare(&exact, &exact, &tokens, &mode, |_| {}).expect("one model");
         assert!(same.iter().all(|d| d.kl == 0.0 && d.same_top));
     }

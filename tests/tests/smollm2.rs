@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use demask_engine::model::{Inputs, KvCache, Llama, Precision};
+use demask_engine::model::{Inputs, Llama, Precision};
 use demask_engine::ops::case::Tolerance;
 use demask_engine::ops::{AttentionOptions, Mask};
 use demask_engine::tensor::Tensor;
@@ -70,7 +70,7 @@ fn greedy_continuations_are_equal() {
     let n = want.len() / prompts.len();
     for (i, prompt) in prompts.iter().enumerate() {
         let ids: Vec<u32> = serde_json::from_value(prompt["prompt_ids"].clone()).unwrap();
-        let mut cache = KvCache::new(model.gpu(), model.config(), ids.len() + n);
+        let mut cache = model.cache(ids.len() + n);
         let (mut next, mut start) = (ids, 0);
         for step in 0..n {
             let hidden = model.step(&next, start, Mask::Causal, &mut cache);

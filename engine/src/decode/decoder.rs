@@ -83,14 +83,14 @@ struct Recorded {
 }
 
 impl<'a> Decoder<'a> {
-    /// Takes the device's memory for the cache: 2 · layers · G · H · 4 bytes a token.
+    /// Takes the device's memory for the cache: 2 · layers · G · H elements a token.
     pub fn new(llama: &'a Llama, room: Room) -> Decoder<'a> {
         let (gpu, config) = (llama.gpu(), llama.config());
         let (tokens, sequences) = (room.tokens.max(1), room.sequences.max(1));
         Decoder {
             llama,
             room: Room { tokens, sequences },
-            cache: KvCache::new(gpu, config, tokens),
+            cache: llama.cache(tokens),
             canvas: Canvas::new(gpu, tokens, sequences, config.vocab_size),
             pool: Pool::new(tokens),
             waiting: VecDeque::new(),

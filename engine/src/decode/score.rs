@@ -155,7 +155,7 @@ impl<'a> Reader<'a> {
         }
         // Behind the text there is room for the hidden blocks of a piece.
         let hidden = blocks.as_ref().map_or(0, |b| PREFILL_ROWS.max(b.block_length));
-        let cache = KvCache::new(llama.gpu(), config, tokens.len().max(1) + hidden);
+        let cache = llama.cache(tokens.len().max(1) + hidden);
         let at = usize::from(blocks.is_none());
         Ok(Reader { llama, tokens, cache, blocks, at })
     }

@@ -12,6 +12,8 @@ const SHARED: &[(&str, &str)] = &[
     ("few", include_str!("../../../shaders/shared/few.wgsl")),
     ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
     ("gumbel", include_str!("../../../shaders/shared/gumbel.wgsl")),
+    ("keys_f16", include_str!("../../../shaders/shared/keys_f16.wgsl")),
+    ("keys_f32", include_str!("../../../shaders/shared/keys_f32.wgsl")),
     ("marks", include_str!("../../../shaders/shared/marks.wgsl")),
     ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
     ("matmul", include_str!("../../../shaders/shared/matmul.wgsl")),

@@ -11,16 +11,16 @@ use crate::tensor::{DType, Tensor};
 
 /// A cache of slots, one a token.
 pub struct KvCache {
-    /// Per layer: keys and values, f32 [1, slots, G, H].
+    /// Per layer: keys and values, f32 or f16 [1, slots, G, H].
     layers: Vec<(Tensor, Tensor)>,
     capacity: usize,
 }
 
 impl KvCache {
     /// Room for `capacity` tokens.
-    pub fn new(gpu: &Gpu, config: &LlamaConfig, capacity: usize) -> KvCache {
+    pub(super) fn new(gpu: &Gpu, config: &LlamaConfig, capacity: usize, dtype: DType) -> KvCache {
         let shape = [1, capacity, config.num_key_value_heads, config.head_dim];
-        let empty = || Tensor::empty(gpu, shape, DType::F32, "kv cache");
+        let empty = || Tensor::empty(gpu, shape, dtype, "kv cache");
         let layers = (0..config.num_hidden_layers).map(|_| (empty(), empty())).collect();
         KvCache { layers, capacity }
     }
@@ -30,6 +30,12 @@ impl KvCache {
         self.capacity
     }
 
+    /// Device memory.
+    pub fn bytes(&self) -> usize {
+        let tensors = self.layers.iter().flat_map(|(keys, values)| [keys, values]);
+        tensors.map(|t| t.dtype().bytes(t.shape())).sum()
+    }
+
     /// Copies slots to others, from `to` on.
     pub fn copy(&mut self, from: Range<usize>, to: usize) {
         for tensor in self.layers.iter().flat_map(|(keys, values)| [keys, values]) {
@@ -37,8 +43,9 @@ impl KvCache {
             let flat = tensor.reshape([self.capacity, heads * h]);
             // WebGPU copies nothing within a buffer.
             let part = ops::rows(&flat, from.start, from.len());
-            let (to, bytes) = ((4 * to * heads * h) as u64, (4 * part.numel()) as u64);
-            tensor.gpu().copy(part.buffer(), 0, tensor.buffer(), to, bytes);
+            let bytes = tensor.dtype().row_bytes(heads * h);
+            let (to, all) = ((to * bytes) as u64, (from.len() * bytes) as u64);
+            tensor.gpu().copy(part.buffer(), 0, tensor.buffer(), to, all);
         }
     }
 

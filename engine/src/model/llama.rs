@@ -23,8 +23,8 @@ use crate::ops::{
     self, AttentionOptions, Lane, Lanes, Mask, attention, attention_cached, embedding, linear,
     norm_linear, norm_swiglu, rms_norm, rope, rope_into_cache, swiglu,
 };
-use crate::tensor::Tensor;
 use crate::tensor::stored::encode;
+use crate::tensor::{DType, Tensor};
 
 /// A model on a device.
 pub struct Llama {
@@ -36,6 +36,8 @@ pub struct Llama {
     norm: Parameter,
     /// `None` when tied to the embedding.
     head: Option<Parameter>,
+    /// Type of the keys and values of its caches.
+    cache: DType,
 }
 
 struct Layer {
@@ -143,7 +145,7 @@ impl Llama {
         };
         let inv_freq = Tensor::from_f32(gpu, &config.inv_freq(), [config.head_dim / 2]);
         let (gpu, config) = (gpu.clone(), config.clone());
-        Ok(Llama { gpu, config, inv_freq, embed, layers, norm, head })
+        Ok(Llama { gpu, config, inv_freq, embed, layers, norm, head, cache: DType::F32 })
     }
 
     /// This model with every weight a trainable leaf, or with the adapter's alone if it has one. Weights that are
@@ -212,6 +214,21 @@ impl Llama {
     /// Whether an adapter lies over its weights.
     pub fn has_adapter(&self) -> bool {
         self.layers.iter().flat_map(|layer| layer.projections()).any(|p| p.adapter.is_some())
+    }
+
+    /// This model with keys and values cached in another type than f32: f16 takes half the memory, and rounds each of
+    /// them to 11 bits.
+    ///
+    /// # Panics
+    /// If it is neither f32 nor f16.
+    pub fn cached_in(self, dtype: DType) -> Llama {
+        assert!(matches!(dtype, DType::F32 | DType::F16), "a cache in {dtype:?}");
+        Llama { cache: dtype, ..self }
+    }
+
+    /// Room for the keys and values of so many tokens: 2 · layers · G · H elements each.
+    pub fn cache(&self, tokens: usize) -> KvCache {
+        KvCache::new(&self.gpu, &self.config, tokens, self.cache)
     }
 
     /// What the model is.

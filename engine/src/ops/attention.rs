@@ -215,7 +215,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions)
 }
 
 /// Attention of rows that continue sequences, over a cache that holds their keys and values: q, o: [1, R, N, H],
-/// k, v: [1, slots, G, H]. Not differentiable.
+/// k, v: [1, slots, G, H], f32 or f16. Not differentiable.
 ///
 /// # Panics
 /// As [`attention`], and if the lanes' rows are not those of q or reach past the cache.
@@ -236,6 +236,7 @@ fn attention_with(
     v: &Tensor,
 ) -> Tensor {
     let (o, stats) = call.forward(kernel, splits, q, k, v);
+    assert_eq!(k.dtype(), DType::F32, "attention: only cached keys may be of another type");
     let (kq, kk, kv) = (q.detach(), k.detach(), v.detach());
     let kept = o.detach();
     o.record("attention", &[q, k, v], move |dy| {
@@ -292,6 +293,9 @@ impl Call {
         };
         if k.shape() != v.shape() || (kb, kh) != (batch, h) {
             fail("shapes do not fit");
+        }
+        if q.dtype() != DType::F32 || k.dtype() != v.dtype() {
+            fail("q must be f32, k and v of one type");
         }
         if kv_heads == 0 || heads % kv_heads != 0 || h % 4 != 0 || h > MOST_HEAD_DIM {
             fail("heads must be a multiple of key heads, head dimension a multiple of 4 up to 192");
@@ -407,7 +411,8 @@ impl Call {
         let [h, spans, shared] = self.constants();
         let constants = [h, spans, shared, ("QUADS", self.quads())];
         let own = usize::from(kernel == AttentionKernel::FewSubgroup8);
-        let shader = shader.with(&constants[..3 + own]);
+        let keys = [("keys", k.dtype().keys_import())];
+        let shader = shader.with(&constants[..3 + own]).import(&keys);
         // Without documents the binding is never read; any tensor may stand in.
         let spans = self.spans.as_ref().unwrap_or(k);
         let reads = [q, k, v, spans];

@@ -76,8 +76,8 @@ fn rotate(x: &Tensor, positions: &Tensor, inv_freq: &Tensor, sign: f32) -> Tenso
 /// derivative.
 ///
 /// # Panics
-/// If shapes or types do not fit. x: [T, (N + 2 G) H], places: u32 [T, 2], inv_freq: [H / 2], keys, values:
-/// [1, slots, G, H].
+/// If shapes or types do not fit. x: [T, (N + 2 G) H], H a multiple of 4, places: u32 [T, 2], inv_freq: [H / 2],
+/// keys, values: f32 or f16 [1, slots, G, H].
 #[track_caller]
 pub fn rope_into_cache(
     x: &Tensor,
@@ -94,10 +94,11 @@ pub fn rope_into_cache(
         _ => None,
     };
     let fits = keys.shape() == values.shape()
-        && keys.shape().last().is_multiple_of(2)
+        && keys.dtype() == values.dtype()
+        && keys.shape().last().is_multiple_of(4)
         && **inv_freq.shape() == [keys.shape().last() / 2]
         && places.dtype() == DType::U32
-        && all.iter().all(|t| t.dtype() == DType::F32);
+        && [x, inv_freq].iter().all(|t| t.dtype() == DType::F32);
     let Some(heads) = heads.filter(|_| fits) else {
         panic!("rope_into_cache: {all:?} and places {} do not fit", places.shape());
     };
@@ -108,9 +109,11 @@ pub fn rope_into_cache(
         kv_heads: kv_heads as u32,
         half: (h / 2) as u32,
     };
-    let pairs = tokens * (heads + 2 * kv_heads) * (h / 2);
+    let units = tokens * (heads + 2 * kv_heads) * (h / 4);
     let y = Tensor::empty(x.gpu(), [1, tokens, heads, h], DType::F32, "rope_into_cache");
-    ROPE_CACHE.run(&params, &[x, inv_freq, places], &[&y, keys, values], fold(pairs.div_ceil(256)));
+    let imports = [("keys", keys.dtype().keys_import())];
+    let (reads, writes) = ([x, inv_freq, places], [&y, keys, values]);
+    ROPE_CACHE.with(&[]).import(&imports).run(&params, &reads, &writes, fold(units.div_ceil(256)));
     y.record_none("rope_into_cache", &[x])
 }
 
@@ -120,7 +123,8 @@ pub use cases::cases;
 #[cfg(feature = "cases")]
 mod cases {
     use super::*;
-    use crate::ops::case::{Case, Input};
+    use crate::ops::case::{Case, Input, Tolerance};
+    use crate::ops::embedding;
     use crate::tensor::Shape;
     use crate::tensor::host::Array;
 
@@ -165,6 +169,7 @@ mod cases {
     /// every other slot, backwards.
     fn cached(
         which: usize,
+        dtype: DType,
         t: usize,
         heads: usize,
         kv_heads: usize,
@@ -176,17 +181,26 @@ mod cases {
         let result = ["queries", "keys", "values"][which];
         let row = (heads + 2 * kv_heads) * h;
         Case::new(
-            format!("rope_into_cache {result} {t}x{heads}x{h} over {kv_heads} from {start}"),
+            format!(
+                "rope_into_cache {result} {dtype:?} {t}x{heads}x{h} over {kv_heads} from {start}"
+            ),
             vec![Input::Normal([t, row].into())],
             move |x| {
                 let gpu = x[0].gpu();
-                let empty = || Tensor::zeros(gpu, [1, slots, kv_heads, h], DType::F32, "cache");
+                let empty = || Tensor::zeros(gpu, [1, slots, kv_heads, h], dtype, "cache");
                 let (keys, values) = (empty(), empty());
                 let inv_freq = Tensor::from_f32(gpu, &frequencies(h / 2), [h / 2]);
                 let places = (0..t).flat_map(|i| [(start + i) as u32, slot_of(i) as u32]);
                 let places = Tensor::from_u32(gpu, &places.collect::<Vec<_>>(), [t, 2]);
                 let q = rope_into_cache(&x[0].detach(), &places, &inv_freq, &keys, &values);
-                [q, keys, values][which].clone()
+                if which == 0 {
+                    return q;
+                }
+                // A table of embeddings of any type is read as f32.
+                let table = [keys, values][which - 1].reshape([slots, kv_heads * h]);
+                let all: Vec<u32> = (0..slots as u32).collect();
+                let all = Tensor::from_u32(gpu, &all, [slots]);
+                embedding(&all, &[table]).reshape([1, slots, kv_heads, h])
             },
             move |x| {
                 // The columns of each row that the result is made of.
@@ -208,6 +222,11 @@ mod cases {
                 Array::from_fn([1, slots, kv_heads, h], value)
             },
         )
+        .tolerance(match dtype {
+            DType::F32 => Tolerance::F32,
+            // Half a place of 11 bits.
+            _ => Tolerance { absolute: 1e-6, relative: 4.9e-4 },
+        })
     }
 
     /// The rotation's cases.
@@ -232,9 +251,10 @@ mod cases {
             bench(32, 128),
         ];
         for which in 0..3 {
-            cases.push(cached(which, 1, 1, 1, 2, 0));
-            cases.push(cached(which, 5, 6, 2, 10, 3));
-            cases.push(cached(which, 0, 2, 1, 8, 1));
+            cases.push(cached(which, DType::F32, 1, 1, 1, 4, 0));
+            cases.push(cached(which, DType::F32, 5, 6, 2, 12, 3));
+            cases.push(cached(which, DType::F16, 5, 6, 2, 12, 3));
+            cases.push(cached(which, DType::F32, 0, 2, 1, 8, 1));
         }
         cases
     }

@@ -82,6 +82,19 @@ impl DType {
             DType::U32 => panic!("u32 tensors are not weights"),
         }
     }
+
+    /// The shared WGSL file that reads and writes cached keys and values of this type.
+    ///
+    /// # Panics
+    /// If they are neither f32 nor f16.
+    #[track_caller]
+    pub(crate) fn keys_import(self) -> &'static str {
+        match self {
+            DType::F32 => "keys_f32",
+            DType::F16 => "keys_f16",
+            other => panic!("keys and values of {other:?}"),
+        }
+    }
 }
 
 /// See the module's page.

@@ -4,8 +4,8 @@ use super::{AttentionKernel, AttentionOptions, Call, Lane, Lanes, Mask};
 use super::{attention, attention_cached, attention_with};
 use crate::gpu::Gpu;
 use crate::ops::case::{Case, Input, Tolerance};
-use crate::tensor::Shape;
 use crate::tensor::host::Array;
+use crate::tensor::{DType, Shape};
 
 /// Who sees whom, by brute force.
 #[derive(Clone)]
@@ -192,6 +192,16 @@ fn cached(told: Told<'_>, [n, g, h]: [usize; 3], by: Option<(AttentionKernel, us
     .needs(move |gpu| by.is_none_or(|(kernel, _)| runs(kernel, gpu)))
 }
 
+/// The same over a cache in f16.
+fn cached_in_f16(told: Told<'_>, heads: [usize; 3], by: Option<(AttentionKernel, usize)>) -> Case {
+    let mut case = cached(told, heads, by);
+    for input in &mut case.inputs[1..] {
+        let Input::Normal(shape) = input else { unreachable!("keys and values are drawn") };
+        *input = Input::Weight(shape.clone(), DType::F16);
+    }
+    Case { name: format!("{} in f16", case.name), ..case }
+}
+
 /// A bench: pairs of a query and a key that it sees, times the heads, cost 4 H operations each.
 fn priced(case: Case, view: View, pairs: usize, [b, tq, tk, n, g, h]: Extents) -> Case {
     let flops = 4.0 * (b * pairs * n * h) as f64;
@@ -251,6 +261,7 @@ pub fn cases() -> Vec<Case> {
     for block in [1, 2, 4, 8, 32] {
         cases.push(case(TwoCopy(block), [1, 74, 74, 2, 1, 8]));
     }
+    cases.push(cached_in_f16(&[(8, 69, 4, (0, 0), 0)], [4, 2, 72], None));
     // Few combinations of head dimension and shared heads: each is compiled anew, which takes the driver seconds.
     for (kernel, h) in [(Tile, 136), (Subgroup8, 72)] {
         cases.push(forced(kernel, 1, Causal, [2, 71, 71, 4, 2, 8]));
@@ -284,6 +295,7 @@ pub fn cases() -> Vec<Case> {
         cases.push(cached(ragged, [2, 1, 8], Some((kernel, 1))));
         // More pieces than tiles of keys: some are empty.
         cases.push(cached(ragged, [4, 2, 8], Some((kernel, 5))));
+        cases.push(cached_in_f16(ragged, [4, 2, 8], Some((kernel, 1))));
     }
     // A training sequence, a block-diffusion pass over it, a short sequence.
     for (mask, t) in [(Causal, 512), (TwoCopy(4), 1024), (Causal, 192)] {
