@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a machine with a real GPU is wanted for, in one call: build, tests on its adapter, kernel benches,
-# a training step by kernel, and the tables against the peers (PyTorch on CUDA among them, where it is there).
+# a training step by kernel, the tables against the peers (PyTorch on CUDA among them, where it is there), and decoding
+# with weights in the shape of Stable-DiffCoder-8B (16.5 GB of disk in FOLDER, removed afterwards).
 #   benches/gpu.sh [--quick] [FOLDER]     FOLDER gets the logs and tables; runs/gpu if not given
 # --quick does a little of each part, to show that all of them run. DEMASK_ADAPTER picks an adapter,
 # DEMASK_PEERS_PYTHON a Python with torch and numpy. A part that fails does not stop the others; the exit status tells.
@@ -50,6 +51,15 @@ part peers-build cargo build --release --manifest-path benches/peers/Cargo.toml
 part peers "${tables[@]}" ${quick:+--quick}
 model=benches/peers/.cache/random
 [ -e $model/model.safetensors ] && part step cargo bench -p demask-benches --bench step -- "$model" train
+part decode cargo run --quiet --release -- bench decode --model trainer/models/small-coder
+if [ ! $quick ]; then
+  part random-8b "$DEMASK_PEERS_PYTHON" benches/random-model.py "$out/8b"
+  for precision in f16 q4; do
+    part "decode-8b-$precision" cargo run --quiet --release -- bench decode --model "$out/8b" --precision $precision \
+      --cache f16 --tokens 256 --threshold 0.95 --threshold 0
+  done
+  rm -rf "$out/8b"
+fi
 
 echo "== logs and tables are in $out"
 [ ${#failed[@]} = 0 ] || { echo "== failed: ${failed[*]}" >&2; exit 1; }

@@ -2,7 +2,7 @@
 //! answers by schedule, in turn. The clock is the wall's, with the wait for each pass, because that is what a user
 //! feels; what slows the machine slows all of them.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use demask_engine::decode::{DecodeOptions, Decoder, Event, Request};
 use demask_engine::model::{KvCache, Llama};
@@ -14,8 +14,11 @@ use serde::Serialize;
 use crate::ab::Hear;
 use crate::stats::median;
 
-/// Times that each pass is run, in turn, after the first, which compiles.
+/// Times that each pass is run, in turn, after the first, which compiles: at most, and at least when they take longer
+/// than `ENOUGH` together.
 const ROUNDS: usize = 9;
+const FEWEST: usize = 3;
+const ENOUGH: Duration = Duration::from_secs(60);
 
 /// What to measure.
 pub struct Options {
@@ -101,8 +104,13 @@ pub fn run(llama: &Llama, options: &Options, hear: Hear<'_>) -> Result<Option<De
     {
         let deepest = options.depths.iter().max().copied().unwrap_or(0);
         let mut cache = llama.cache(deepest + block);
-        let mut rounds = vec![Vec::new(); ROUNDS + 1];
-        for (round, times) in rounds.iter_mut().enumerate() {
+        let mut rounds = Vec::new();
+        let began = Instant::now();
+        for round in 0..=ROUNDS {
+            if round > FEWEST && began.elapsed() > ENOUGH {
+                break;
+            }
+            let mut times = Vec::new();
             for shape in &shapes {
                 let Shape { rows, depth, .. } = shape;
                 if !go_on(&format!("{rows} rows after {depth} tokens, {round} of {ROUNDS}")) {
@@ -110,6 +118,7 @@ pub fn run(llama: &Llama, options: &Options, hear: Hear<'_>) -> Result<Option<De
                 }
                 times.push(shape.time(llama, &mut cache)?);
             }
+            rounds.push(times);
         }
         for (i, shape) in shapes.iter().enumerate() {
             let alike = shapes.iter().enumerate().filter(|(_, other)| other.rows == shape.rows);

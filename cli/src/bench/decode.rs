@@ -45,7 +45,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     tokens: usize,
 
-    /// A file whose beginning is the prompt, UTF-8 [default: a few lines of Python]
+    /// A file whose beginning is the prompt, UTF-8 [default: a few lines of Python, or any tokens of
+    /// a model without a tokenizer]
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
 
@@ -166,11 +167,13 @@ impl Args {
         if self.tokens == 0 {
             return Ok(vec![0]);
         }
-        let text = match &self.file {
-            Some(file) => read_text(file)?,
-            None => PYTHON.prompt.to_owned(),
+        let tokenizer = Tokenizer::for_model(&self.model.model, config);
+        let mut ids = match (&self.file, tokenizer) {
+            (Some(file), tokenizer) => tokenizer?.encode(&read_text(file)?, true)?,
+            (None, Ok(tokenizer)) => tokenizer.encode(PYTHON.prompt, true)?,
+            // Random weights need no tokenizer to be timed.
+            (None, Err(_)) => (1..17.min(config.vocab_size as u32)).collect(),
         };
-        let mut ids = Tokenizer::for_model(&self.model.model, config)?.encode(&text, true)?;
         ids.truncate(self.prompt_tokens.max(1));
         ensure!(!ids.is_empty(), "the prompt is empty; name another --file");
         Ok(ids)
