@@ -52,14 +52,13 @@ part peers "${tables[@]}" ${quick:+--quick}
 model=benches/peers/.cache/random
 [ -e $model/model.safetensors ] && part step cargo bench -p demask-benches --bench step -- "$model" train
 part decode cargo run --quiet --release -- bench decode --model trainer/models/small-coder
-if [ ! $quick ]; then
-  part random-8b "$DEMASK_PEERS_PYTHON" benches/random-model.py "$out/8b"
-  for precision in f16 q4; do
-    part "decode-8b-$precision" cargo run --quiet --release -- bench decode --model "$out/8b" --precision $precision \
-      --cache f16 --tokens 256 --threshold 0.95 --threshold 0
-  done
-  rm -rf "$out/8b"
-fi
+rm -rf "$out/8b"
+part random-8b "$DEMASK_PEERS_PYTHON" benches/random-model.py "$out/8b" ${quick:+--layers 1}
+for precision in f16 q4; do
+  part "decode-8b-$precision" cargo run --quiet --release -- bench decode --model "$out/8b" --precision $precision \
+    --cache f16 --threshold 0.95 --threshold 0
+done
+rm -rf "$out/8b"
 
 echo "== logs and tables are in $out"
 [ ${#failed[@]} = 0 ] || { echo "== failed: ${failed[*]}" >&2; exit 1; }

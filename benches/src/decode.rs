@@ -2,13 +2,14 @@
 //! answers by schedule, in turn. The clock is the wall's, with the wait for each pass, because that is what a user
 //! feels; what slows the machine slows all of them.
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use demask_engine::decode::{DecodeOptions, Decoder, Event, Request};
-use demask_engine::model::{KvCache, Llama};
+use demask_engine::Result;
+use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Request};
+use demask_engine::model::{KvCache, Llama, LlamaConfig};
 use demask_engine::ops::{self, Mask};
 use demask_engine::tensor::Tensor;
-use demask_engine::{Error, Result};
 use serde::Serialize;
 
 use crate::ab::Hear;
@@ -19,19 +20,34 @@ use crate::stats::median;
 const ROUNDS: usize = 9;
 const FEWEST: usize = 3;
 const ENOUGH: Duration = Duration::from_secs(60);
+/// Tokens of an answer that is not timed, for whatever is compiled on the way.
+const FIRST: usize = 12;
 
 /// What to measure.
 pub struct Options {
     /// Tokens of a diffusion block.
     pub block: usize,
-    /// Tokens before the rows of a pass.
+    /// Tokens before the rows of a pass, whole blocks of them; none to leave the passes out.
     pub depths: Vec<usize>,
-    /// Prompt of the answers; at least one token.
-    pub prompt: Vec<u32>,
-    /// By name and how: answers to the prompt.
-    pub answers: Vec<(String, DecodeOptions)>,
+    /// By name: answers to give.
+    pub answers: Vec<(String, Request)>,
     /// Times that each answer is given, in turn.
     pub rounds: usize,
+}
+
+/// An answer of full length: stop tokens are forbidden.
+///
+/// # Errors
+/// If it does not fit the model.
+pub fn full_length(
+    config: &LlamaConfig,
+    prompt: &[u32],
+    mut options: DecodeOptions,
+) -> Result<Request> {
+    options.sampling.forbidden.append(&mut options.eos_ids);
+    let request = Request::answer(config, prompt, &options)?;
+    request.check(config)?;
+    Ok(request)
 }
 
 /// A forward pass from tokens to logits that the host has waited for.
@@ -84,59 +100,57 @@ pub struct Decoding {
 /// Measures. `None` if `hear` stopped it.
 ///
 /// # Errors
-/// A request that does not fit the model; a device fault.
+/// A device fault, or a model that gives no finite logits.
 pub fn run(llama: &Llama, options: &Options, hear: Hear<'_>) -> Result<Option<Decoding>> {
     let gpu = llama.gpu();
     gpu.reset_peak();
     let mut done = Decoding::default();
-    let block = options.block;
-    let mut shapes: Vec<Shape> = Vec::new();
-    for (rows, before) in [(1, 0), (block, 0), (2 * block, block)] {
-        let depths = options.depths.iter().filter(|&&depth| depth >= before);
-        shapes.extend(depths.map(|&depth| Shape { rows, depth, before }));
-    }
-    let mut step = 0;
-    let steps = (ROUNDS + 1) * shapes.len() + options.rounds * options.answers.len();
-    let mut go_on = |what: &str| {
-        step += 1;
-        hear(what, (step - 1) as f64 / steps as f64).is_continue()
-    };
-    {
-        let deepest = options.depths.iter().max().copied().unwrap_or(0);
-        let mut cache = llama.cache(deepest + block);
-        let mut rounds = Vec::new();
-        let began = Instant::now();
-        for round in 0..=ROUNDS {
-            if round > FEWEST && began.elapsed() > ENOUGH {
-                break;
-            }
-            let mut times = Vec::new();
-            for shape in &shapes {
-                let Shape { rows, depth, .. } = shape;
-                if !go_on(&format!("{rows} rows after {depth} tokens, {round} of {ROUNDS}")) {
-                    return Ok(None);
-                }
-                times.push(shape.time(llama, &mut cache)?);
-            }
-            rounds.push(times);
+    let shapes = shapes(options);
+    // A pass of one row and a token one at a time are one unit of work.
+    let tokens = |request: &Request| request.open.iter().filter(|&&open| open).count();
+    let answers: usize = options.answers.iter().map(|(_, request)| tokens(request)).sum();
+    let all = (ROUNDS + 1) * shapes.len() + options.rounds * answers;
+    let mut units = 0;
+    let mut rounds = Vec::new();
+    let began = Instant::now();
+    let mut cache = llama.cache(options.depths.iter().max().map_or(0, |d| d + options.block));
+    for round in 0..=ROUNDS {
+        if round > FEWEST && began.elapsed() > ENOUGH {
+            break;
         }
-        for (i, shape) in shapes.iter().enumerate() {
-            let alike = shapes.iter().enumerate().filter(|(_, other)| other.rows == shape.rows);
-            let first = alike.min_by_key(|(_, other)| other.depth).map_or(i, |(first, _)| first);
-            let of = |value: &dyn Fn(&Vec<f64>) -> f64| {
-                median(&rounds[1..].iter().map(value).collect::<Vec<f64>>())
-            };
-            let growth = of(&|times| times[i] / times[first]);
-            done.passes.push(shape.pass(llama, &cache, of(&|times| times[i]), growth));
-        }
-    }
-    let mut runs: Vec<Vec<Run>> = options.answers.iter().map(|_| Vec::new()).collect();
-    for round in 0..options.rounds {
-        for ((name, how), runs) in options.answers.iter().zip(&mut runs) {
-            if !go_on(&format!("{name}, {} of {}", round + 1, options.rounds)) {
+        let mut times = Vec::new();
+        for shape in &shapes {
+            let what = format!("{} rows after {} tokens", shape.rows, shape.depth);
+            if hear(&what, units as f64 / all as f64).is_break() {
                 return Ok(None);
             }
-            runs.push(answer(llama, &options.prompt, how)?);
+            times.push(shape.time(llama, &mut cache)?);
+            units += 1;
+        }
+        rounds.push(times);
+    }
+    for (i, shape) in shapes.iter().enumerate() {
+        let alike = shapes.iter().enumerate().filter(|(_, other)| other.rows == shape.rows);
+        let first = alike.min_by_key(|(_, other)| other.depth).map_or(i, |(first, _)| first);
+        let of = |value: &dyn Fn(&Vec<f64>) -> f64| {
+            median(&rounds[1..].iter().map(value).collect::<Vec<f64>>())
+        };
+        let growth = of(&|times| times[i] / times[first]);
+        done.passes.push(shape.pass(llama, &cache, of(&|times| times[i]), growth));
+    }
+    drop(cache);
+    units = (ROUNDS + 1) * shapes.len();
+    let mut runs: Vec<Vec<Run>> = options.answers.iter().map(|_| Vec::new()).collect();
+    for round in 0..=options.rounds {
+        for ((name, request), runs) in options.answers.iter().zip(&mut runs) {
+            let short = if round == 0 { FIRST } else { usize::MAX };
+            let what = format!("{name}, {round} of {}", options.rounds);
+            let mut on_token = |settled| hear(&what, (units + settled) as f64 / all as f64);
+            let Some(run) = answer(llama, request, short, &mut on_token)? else { return Ok(None) };
+            if round > 0 {
+                units += tokens(request);
+                runs.push(run);
+            }
         }
     }
     for ((name, _), mut runs) in options.answers.iter().zip(runs) {
@@ -156,7 +170,23 @@ pub fn run(llama: &Llama, options: &Options, hear: Hear<'_>) -> Result<Option<De
     Ok(Some(done))
 }
 
+/// One token, a block, and a block with the one before it, behind each length.
+fn shapes(options: &Options) -> Vec<Shape> {
+    let block = options.block;
+    let mut shapes: Vec<Shape> = Vec::new();
+    for (rows, before) in [(1, 0), (block, 0), (2 * block, block)] {
+        for &depth in options.depths.iter().filter(|&&depth| depth >= before) {
+            let shape = Shape { rows, depth, before };
+            if !shapes.contains(&shape) {
+                shapes.push(shape);
+            }
+        }
+    }
+    shapes
+}
+
 /// The rows of a pass: `rows` of them after `depth - before` tokens.
+#[derive(PartialEq)]
 struct Shape {
     rows: usize,
     depth: usize,
@@ -192,8 +222,10 @@ impl Shape {
             bytes += parameter.shards.iter().map(|t| t.dtype().bytes(t.shape())).sum::<usize>();
         }
         let layers = config.num_hidden_layers * config.head_dim;
-        let keys = depth + rows - before;
-        let flops = 2 * rows * weights + 4 * rows * keys * config.num_attention_heads * layers;
+        let (keys, decided) = (depth + rows - before, rows - before);
+        let head: usize = llama.head().iter().map(Tensor::numel).sum();
+        let products = 2 * (rows * (weights - head) + decided * head);
+        let flops = products + 4 * rows * keys * config.num_attention_heads * layers;
         let bytes = bytes + cache.bytes() / cache.capacity() * keys;
         let rate = |amount: usize| amount as f64 / seconds / 1e9;
         Pass { rows, depth, seconds, growth, gflops: rate(flops), gbytes: rate(bytes) }
@@ -209,32 +241,34 @@ struct Run {
     forwards: usize,
 }
 
-fn answer(llama: &Llama, prompt: &[u32], options: &DecodeOptions) -> Result<Run> {
-    let mut options = options.clone();
-    options.sampling.forbidden.append(&mut options.eos_ids);
-    let request = Request::answer(llama.config(), prompt, &options)?;
-    let mut decoder = Decoder::for_one(llama, &request);
-    let id = decoder.submit(request)?;
+/// Gives the answer, or the first `most` tokens of it. `None` if `on_token` stopped it.
+fn answer(
+    llama: &Llama,
+    request: &Request,
+    most: usize,
+    on_token: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<Option<Run>> {
+    let Request { tokens, open, options } = request;
+    let prompt = open.iter().position(|&open| open).unwrap_or(open.len());
+    let end = tokens.len().min(prompt.saturating_add(most));
+    let (tokens, open) = (tokens[..end].to_vec(), open[..end].to_vec());
     let (mut began, mut prompt_seconds) = (Instant::now(), 0.0);
     let mut settled = vec![(0, 0.0)];
-    let mut events = Vec::new();
-    while !decoder.is_idle() {
-        decoder.advance(&mut events)?;
-        for (_, event) in events.drain(..) {
-            match event {
-                Event::Prefilled { .. } => {
-                    prompt_seconds += began.elapsed().as_secs_f64();
-                    began = Instant::now();
-                }
-                Event::BlockDone { end, .. } => {
-                    settled.push((end - prompt.len(), began.elapsed().as_secs_f64()));
-                }
-                _ => {}
-            }
+    let request = Request { tokens, open, options: options.clone() };
+    let answer = decode::fill(llama, request, |event| match event {
+        Event::Prefilled { .. } => {
+            prompt_seconds += began.elapsed().as_secs_f64();
+            began = Instant::now();
+            on_token(0)
         }
-    }
-    let answer = decoder.take(id).ok_or_else(|| Error::Request("the answer is gone".into()))?;
-    Ok(Run { settled, prompt: prompt_seconds, forwards: answer.counters.forwards })
+        Event::BlockDone { end, .. } => {
+            settled.push((end - prompt, began.elapsed().as_secs_f64()));
+            on_token(end - prompt)
+        }
+        _ => ControlFlow::Continue(()),
+    })?;
+    let run = Run { settled, prompt: prompt_seconds, forwards: answer.counters.forwards };
+    Ok((answer.finish_reason != FinishReason::Interrupted).then_some(run))
 }
 
 impl Run {

@@ -190,7 +190,7 @@ impl Session {
     }
 }
 
-/// What a device can do at most, by the wall's clock.
+/// What a device can do at most, by its own timestamps where it has them.
 pub fn limits(gpu: &Gpu) -> Result<Limits> {
     Ok(Limits { gflops: multiply_adds(gpu)? / 1e9, gbytes: copied(gpu)? })
 }

@@ -185,7 +185,7 @@ impl Opened {
 pub enum CacheArg {
     /// Exact
     F32,
-    /// Half the memory, and faster behind long texts
+    /// Half the memory, and faster behind long texts: rounded to 11 bits, and cut at 65504
     F16,
 }
 

@@ -31,7 +31,7 @@ Examples:
 
 Every kernel's result is checked against an f64 reference before it is timed. In a project's
 own CI: docs/regression-gate.md. Options common to all: --adapter where a device is
-used, --json FILE where a record is written (- is stdout).";
+used, --json FILE where a record is written (- is stdout; decode prints it there).";
 
 const EXITS: &str = "\
 Exit codes: 0 no regression, 1 a confirmed regression, a wrong result or a failure, 2 the two

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Generation, Request};
 use demask_engine::model::{Llama, Tokenizer};
 use demask_engine::tune;
@@ -83,7 +83,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
         (None, None) => crate::usage("generate", "give --prompt or --prompt-file"),
     };
     let ids = match args.chat {
-        true => user_message(&tokenizer, &prompt)?,
+        true => user_message(&tokenizer, &prompt)
+            .with_context(|| format!("--chat with {}", path.display()))?,
         false => tokenizer.encode(&prompt, true)?,
     };
     let options = args.decoding.options("generate", &model.config, ids.len())?;
@@ -97,7 +98,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let output = Output::of(args.common.output.json, args.show);
     let request = Request::answer(&model.config, &ids, &options)?;
     let mut steps = args.steps.wanted().then(|| Steps::new(&tokenizer, &request));
-    let generation = stream(&llama, &tokenizer, &prompt, &ids, &options, output, steps.as_mut())?;
+    let shown = if args.chat { prompt + "\n" } else { prompt };
+    let generation = stream(&llama, &tokenizer, &shown, &ids, &options, output, steps.as_mut())?;
     let mode = mode_name(&options.mode);
     let notices = args.common.notices();
     let facts = [path.display().to_string(), gpu.adapter().describe(), summary(&generation, mode)];

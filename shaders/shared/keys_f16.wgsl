@@ -11,6 +11,9 @@ fn wide_pair(x: KeyPair) -> vec2<f32> {
 }
 
 fn narrow(x: vec2<f32>) -> KeyPair {
-    // WGSL leaves open what becomes of larger values.
-    return pack2x16float(clamp(x, vec2<f32>(-65504.0), vec2<f32>(65504.0)));
+    // WGSL leaves open what becomes of larger values, of infinity and of NaN; the last two shall be noticed.
+    let lost = (bitcast<vec2<u32>>(x) & vec2<u32>(0x7f800000u)) == vec2<u32>(0x7f800000u);
+    let kept = clamp(select(x, vec2<f32>(), lost), vec2<f32>(-65504.0), vec2<f32>(65504.0));
+    let nan = select(vec2<u32>(), vec2<u32>(0x7e00u, 0x7e000000u), lost);
+    return pack2x16float(kept) | nan.x | nan.y;
 }

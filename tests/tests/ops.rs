@@ -3,10 +3,10 @@
 use demask_engine::autograd::{Gradients, backward};
 use demask_engine::gpu::Gpu;
 use demask_engine::ops::case::{Case, Input, Tolerance};
-use demask_engine::ops::{add, cases, linear, mul, scale};
+use demask_engine::ops::{add, cases, linear, mul, rope_into_cache, scale};
 use demask_engine::philox::Philox;
-use demask_engine::tensor::Tensor;
 use demask_engine::tensor::host::Array;
+use demask_engine::tensor::{DType, Tensor};
 use demask_tests::{checked_gpu, compare, report};
 
 /// Runs `check` over every case this device can run and collects what failed.
@@ -262,4 +262,22 @@ fn broken_ops_are_caught() {
     let lost = case(|t| mul(&t[0], &t[0].detach()));
     assert_eq!(check_forward(&gpu, &lost), Ok(()));
     assert!(check_gradients(&gpu, &lost).unwrap_err().contains("gradient 0"));
+}
+
+/// Values that f16 has no number for: large ones are cut, what is none stays none, so that logits tell of it.
+#[test]
+fn a_cache_in_f16_hides_no_broken_value() {
+    let Some(gpu) = checked_gpu() else { return };
+    let row = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e6, -1e6, f32::INFINITY, f32::NAN];
+    let x = Tensor::from_f32(&gpu, &row, [1, 12]);
+    let places = Tensor::from_u32(&gpu, &[0, 0], [1, 2]);
+    let inv_freq = Tensor::from_f32(&gpu, &[1.0, 0.1], [2]);
+    let empty = || Tensor::zeros(&gpu, [1, 1, 1, 4], DType::F16, "cache");
+    let (keys, values) = (empty(), empty());
+    rope_into_cache(&x, &places, &inv_freq, &keys, &values);
+    let bytes = values.to_bytes().expect("the device works");
+    let halves: Vec<u16> = bytes.chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+    let is_nan = |half: u16| half & 0x7fff > 0x7c00;
+    assert_eq!(halves[..2], [0x7bff, 0xfbff]);
+    assert!(is_nan(halves[2]) && is_nan(halves[3]), "{halves:x?}");
 }

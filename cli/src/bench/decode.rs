@@ -8,8 +8,8 @@ use anyhow::{Result, bail, ensure};
 use demask_benches::decode::{self, Answer, Decoding, Pass};
 use demask_benches::measure;
 use demask_benches::record::Limits;
-use demask_engine::decode::{DecodeOptions, Mode, Schedule};
-use demask_engine::model::{LlamaConfig, Tokenizer};
+use demask_engine::decode::{DecodeOptions, Mode, Request, Schedule};
+use demask_engine::model::{DiffusionAttention, LlamaConfig, Tokenizer};
 use demask_engine::tune;
 use serde_json::json;
 
@@ -24,12 +24,12 @@ const EXAMPLES: &str = "\
 Examples:
   demask bench decode --model DIR
   demask bench decode --model DIR --threshold 0.95 --threshold 0.8 --steps 2
-  demask bench decode --model model.gguf --tokens 4096 --rounds 1 --json speed.json
+  demask bench decode --model model.gguf --tokens 4096 --rounds 1 --json > speed.json
   demask bench decode --model 8b.gguf --tokens 0 --depths 64,4096
 
-First the time of a forward pass, by its rows (one token; the tokens of a block;
-these with the block before, as the first pass over a block has them) and by the
-tokens before it. Then whole answers, in turn: one token at a time, which a model
+First the time of a forward pass, by its rows (one token; the tokens of a block, 4
+for a model without blocks; these with the block before, as the first pass over a
+block has them) and by the tokens before it. Then whole answers, in turn: one token at a time, which a model
 of the same size takes whatever it was trained for, and for a diffusion model each
 --threshold and --steps. Stop tokens are forbidden, so that all answers have the
 same length; how many tokens a pass settles depends on model and prompt.";
@@ -51,10 +51,10 @@ pub struct Args {
     file: Option<PathBuf>,
 
     /// Tokens that are taken of it
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    prompt_tokens: usize,
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: u32,
 
-    /// Tokens before a pass; those that the model's context has no room for are left out
+    /// Tokens before a pass, in whole blocks; those that the context has no room for are left out
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "64,512,4096")]
     depths: Vec<usize>,
 
@@ -82,25 +82,30 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let notices = args.common.notices();
     let model = args.model.open()?;
     let config = &model.config;
-    let answers = args.answers(config)?;
+    let prompt = args.prompt(config)?;
+    let answers = args.answers(config, &prompt)?;
     let block = match DecodeOptions::block(config).map(|options| options.mode) {
-        Ok(Mode::Block(block)) if block.block_length <= 64 => block.block_length,
+        Ok(Mode::Block(block)) => block.block_length,
         _ => 4,
     };
     let room = config.max_position_embeddings;
-    let depths: Vec<usize> = args.depths.iter().copied().filter(|d| d + block <= room).collect();
+    let fits = |depth: &usize| depth.checked_add(block).is_some_and(|end| end <= room);
+    let depths = args.depths.iter().map(|depth| depth / block * block).filter(fits);
+    let depths: Vec<usize> = match config.diffusion_attention {
+        // Each of its passes reads the whole text: no pass is like these.
+        DiffusionAttention::Full => Vec::new(),
+        _ => depths.collect(),
+    };
     ensure!(
-        !depths.is_empty(),
+        !depths.is_empty() || config.diffusion_attention == DiffusionAttention::Full,
         "--depths: the model has a context of {room} tokens; name fewer tokens than that"
     );
-    let prompt = args.prompt(config)?;
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu)?;
     let rows = [1, block, 2 * block, prompt.len().clamp(1, 512)];
     args.tune.prepare(&gpu, &tune::products(&llama, &rows, false), notices)?;
     let mut limits = measure::limits(&gpu)?;
-    let options =
-        decode::Options { block, depths, prompt, answers, rounds: usize::from(args.rounds) };
+    let options = decode::Options { block, depths, answers, rounds: usize::from(args.rounds) };
     let mut progress = Progress::new(notices);
     let done = decode::run(&llama, &options, &mut |what, share| progress.step(what, share))?;
     drop(progress);
@@ -115,11 +120,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
         told["adapter"] = json!(gpu.adapter().describe());
         told["parameters"] = json!(config.num_parameters());
         told["limits"] = serde_json::to_value(limits)?;
-        told["prompt_tokens"] = json!(options.prompt.len());
+        told["prompt_tokens"] = json!(prompt.len());
         ui::print_json(&told)?;
     } else {
         ui::print(&passes(&done.passes, limits))?;
-        ui::print(&answers_table(&done, options.prompt.len()))?;
+        ui::print(&answers_table(&done, prompt.len()))?;
     }
     notices.say(&format!(
         "{} on {}, {} of device memory",
@@ -132,7 +137,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
 impl Args {
     /// The answers to time; nothing where only passes are wanted.
-    fn answers(&self, config: &LlamaConfig) -> Result<Vec<(String, DecodeOptions)>> {
+    fn answers(&self, config: &LlamaConfig, prompt: &[u32]) -> Result<Vec<(String, Request)>> {
         let diffusion = ModeArg::Auto.mode(config)? != Mode::Autoregressive;
         let schedules = !(self.threshold.is_empty() && self.steps.is_empty());
         if schedules && !diffusion {
@@ -160,27 +165,49 @@ impl Args {
             }
             all.push((name, options));
         }
-        Ok(if self.tokens == 0 { Vec::new() } else { all })
+        if self.tokens == 0 {
+            return Ok(Vec::new());
+        }
+        let (total, room) =
+            (prompt.len().saturating_add(self.tokens), config.max_position_embeddings);
+        ensure!(
+            total <= room,
+            "a prompt of {} tokens and --tokens {} do not fit the model's context of {room}",
+            prompt.len(),
+            self.tokens
+        );
+        let request = |(name, options)| Ok((name, decode::full_length(config, prompt, options)?));
+        all.into_iter().map(request).collect()
     }
 
     fn prompt(&self, config: &LlamaConfig) -> Result<Vec<u32>> {
         if self.tokens == 0 {
-            return Ok(vec![0]);
+            return Ok(Vec::new());
         }
-        let tokenizer = Tokenizer::for_model(&self.model.model, config);
-        let mut ids = match (&self.file, tokenizer) {
-            (Some(file), tokenizer) => tokenizer?.encode(&read_text(file)?, true)?,
-            (None, Ok(tokenizer)) => tokenizer.encode(PYTHON.prompt, true)?,
+        let path = &self.model.model;
+        if self.file.is_none()
+            && path.join("config.json").exists()
+            && !path.join("tokenizer.json").exists()
+        {
             // Random weights need no tokenizer to be timed.
-            (None, Err(_)) => (1..17.min(config.vocab_size as u32)).collect(),
+            return Ok((1..17.min(config.vocab_size as u32)).collect());
+        }
+        let tokenizer = Tokenizer::for_model(path, config)?;
+        let text = match &self.file {
+            Some(file) => read_text(file)?,
+            None => PYTHON.prompt.to_owned(),
         };
-        ids.truncate(self.prompt_tokens.max(1));
+        let mut ids = tokenizer.encode(&text, true)?;
+        ids.truncate(self.prompt_tokens as usize);
         ensure!(!ids.is_empty(), "the prompt is empty; name another --file");
         Ok(ids)
     }
 }
 
 fn passes(passes: &[Pass], limits: Limits) -> String {
+    if passes.is_empty() {
+        return "each pass of this model reads its whole text; only answers are timed\n".to_owned();
+    }
     let head = format!(
         "{:>4}  {:>6}  {:>10}  {:>10}  {:>8}  {:>16}  {:>16}",
         "rows", "after", "a pass", "a row", "growth", "GFLOP/s", "GB/s"

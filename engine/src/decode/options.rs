@@ -251,8 +251,11 @@ impl Request {
         Ok(Request { tokens, open, options: options.clone() })
     }
 
-    /// Refuses what does not fit the model.
-    pub(super) fn check(&self, config: &LlamaConfig) -> Result<()> {
+    /// Refuses what does not fit the model, as a decoder does.
+    ///
+    /// # Errors
+    /// [`Error::Request`], in words.
+    pub fn check(&self, config: &LlamaConfig) -> Result<()> {
         let refuse = |why: String| Err(Error::Request(why));
         let DecodeOptions { mode, sampling, eos_ids, .. } = &self.options;
         let vocab_size = config.vocab_size;
