@@ -70,7 +70,8 @@ fn help_teaches_and_is_a_success() {
         assert_eq!(wide, None, "{command}");
     }
     for command in [
-        &["data", "build"][..],
+        &["bench", "decode"][..],
+        &["data", "build"],
         &["data", "show"],
         &["tokenizer", "train"],
         &["report"],

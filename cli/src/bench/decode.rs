@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use demask_benches::decode::{self, Answer, Decoding, Pass};
 use demask_benches::measure;
 use demask_benches::record::Limits;
-use demask_engine::decode::{DecodeOptions, Mode, Request, Schedule};
+use demask_engine::decode::{DEFAULT_THRESHOLD, DecodeOptions, Mode, Request, Schedule};
 use demask_engine::model::{DiffusionAttention, LlamaConfig, Tokenizer};
 use demask_engine::tune;
 use serde_json::json;
@@ -29,10 +29,11 @@ Examples:
 
 First the time of a forward pass, by its rows (one token; the tokens of a block, 4
 for a model without blocks; these with the block before, as the first pass over a
-block has them) and by the tokens before it. Then whole answers, in turn: one token at a time, which a model
-of the same size takes whatever it was trained for, and for a diffusion model each
---threshold and --steps. Stop tokens are forbidden, so that all answers have the
-same length; how many tokens a pass settles depends on model and prompt.";
+block has them) and by the tokens before it. Then whole answers, in turn: one token
+at a time, which a model of the same size takes whatever it was trained for, and for
+a diffusion model each --threshold and --steps. Stop tokens are forbidden, so that
+all answers have the same length; how many tokens a pass settles depends on model
+and prompt. Tokens a second are the median's, milliseconds a token the fastest's.";
 
 /// Tokens per second of a model: by rows, by length, by mode
 #[derive(clap::Args)]
@@ -146,18 +147,16 @@ impl Args {
         let one =
             DecodeOptions { max_tokens: self.tokens, ..DecodeOptions::autoregressive(config) };
         let mut all = vec![("one token at a time".to_owned(), one)];
-        let usual = [0.95];
-        let thresholds = match (&self.threshold[..], &self.steps[..]) {
-            ([], []) if diffusion => &usual[..],
-            (given, _) => given,
+        let thresholds: &[f32] = match schedules || !diffusion {
+            true => &self.threshold,
+            false => &[DEFAULT_THRESHOLD],
         };
-        let schedules =
-            thresholds.iter().map(|&p| (format!("threshold {p}"), Schedule::Threshold(p))).chain(
-                self.steps
-                    .iter()
-                    .map(|&n| (format!("{n} steps a block"), Schedule::Fixed { steps: n })),
-            );
-        for (name, schedule) in schedules {
+        let by_threshold =
+            thresholds.iter().map(|&p| (format!("threshold {p}"), Schedule::Threshold(p)));
+        let by_steps = self.steps.iter();
+        let by_steps =
+            by_steps.map(|&steps| (format!("{steps} steps a block"), Schedule::Fixed { steps }));
+        for (name, schedule) in by_threshold.chain(by_steps) {
             let mut options = DecodeOptions::block(config)?;
             options.max_tokens = self.tokens;
             if let Mode::Block(block) = &mut options.mode {

@@ -17,7 +17,9 @@ use std::time::Instant;
 
 pub use canvas::{Canvas, Decided, Decider, Outcome, Proposal, Question, Quota, Row};
 pub use decoder::{Decoder, Id, Room, look_ahead};
-pub use options::{BlockOptions, DecodeOptions, Mode, Order, Request, Sampling, Schedule};
+pub use options::{
+    BlockOptions, DEFAULT_THRESHOLD, DecodeOptions, Mode, Order, Request, Sampling, Schedule,
+};
 #[cfg(any(test, feature = "cases"))]
 pub use sampler::{Choice, Sampler};
 pub use score::{Difference, bits_per_byte, compare, perplexity, score};

@@ -3,6 +3,8 @@
 use crate::model::{DiffusionAttention, LlamaConfig};
 use crate::{Error, Result};
 
+/// Confidence from which a token is committed, unless told otherwise.
+pub const DEFAULT_THRESHOLD: f32 = 0.95;
 /// Stop tokens that a sequence may have.
 pub(super) const MOST_STOPS: usize = 16;
 /// Block length of the published Stable-DiffCoder models, for configurations that name none.
@@ -135,13 +137,13 @@ impl Sampling {
 }
 
 impl BlockOptions {
-    /// Confidence threshold 0.95, fused, block-causal.
+    /// [`DEFAULT_THRESHOLD`], fused, block-causal.
     pub fn new(mask_id: u32, block_length: usize) -> Self {
         BlockOptions {
             block_length,
             mask_id,
             attention: DiffusionAttention::Block,
-            schedule: Schedule::Threshold(0.95),
+            schedule: Schedule::Threshold(DEFAULT_THRESHOLD),
             order: Order::Confidence,
             fused: true,
         }
