@@ -107,7 +107,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let llama = model.load(&gpu)?;
     let notices = args.common.notices();
     let products = tune::products(&llama, &[1, pass_rows(&options), 512], false);
-    args.tune.prepare(&gpu, &products, notices)?;
+    args.tune.recall(&gpu, &products, notices)?;
 
     let began = Instant::now();
     let cost = Cost { whole: true, ..Cost::default() };

@@ -93,7 +93,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
     let rows = [1, pass_rows(&options), ids.len().clamp(1, 512)];
     let products = tune::products(&llama, &rows, false);
-    args.tune.prepare(&gpu, &products, args.common.notices())?;
+    args.tune.recall(&gpu, &products, args.common.notices())?;
 
     let output = Output::of(args.common.output.json, args.show);
     let request = Request::answer(&model.config, &ids, &options)?;

@@ -157,7 +157,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let llama = model.load(&gpu)?;
     let options = args.decoding.options("infill", &model.config, 0)?;
     let products = tune::products(&llama, &[1, pass_rows(&options), 512], false);
-    args.tune.prepare(&gpu, &products, args.common.notices())?;
+    args.tune.recall(&gpu, &products, args.common.notices())?;
 
     let filling = Filling { args: &args, llama: &llama, tokenizer: &tokenizer };
     if args.below.is_some() {

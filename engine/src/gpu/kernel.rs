@@ -2,10 +2,12 @@
 //! Pipelines are compiled once per variant and kept. Bindings follow one rule, so nobody lists them:
 //! binding 0 is the uniform `Params`, then the inputs (`read`), then the outputs (`read_write`).
 
+use std::cell::{Cell, OnceCell};
 use std::hash::Hasher;
+use std::thread::JoinHandle;
 
 use super::hash::FastHasher;
-use super::{Buffer, Gpu, source};
+use super::{Buffer, Gpu, GpuInner, source};
 
 /// WGSL with one entry point `main`, named after its file.
 #[derive(Clone, Copy, Debug)]
@@ -173,15 +175,64 @@ impl Layout {
     }
 }
 
+/// A variant on its way to the device. Drivers take from milliseconds to seconds for one, so each is compiled by a
+/// thread of its own from the moment it is first recorded, beside the others of the pass that needs it.
+pub(super) struct Compiling {
+    thread: Cell<Option<JoinHandle<Compiled>>>,
+    compiled: OnceCell<Compiled>,
+}
+
+/// The pipeline, and a hash of its expanded WGSL.
+type Compiled = (wgpu::ComputePipeline, u64);
+
+impl Compiling {
+    /// Begins to compile `variant`.
+    pub fn begin(inner: &GpuInner, variant: Variant<'_>, layout: &Layout) -> Compiling {
+        let (device, checked) = (inner.device.clone(), inner.options.checked);
+        let (kernel, layout) = (variant.kernel, layout.pipeline.clone());
+        let (constants, imports) = (variant.constants.to_vec(), variant.imports.to_vec());
+        let work = move || {
+            let variant = Variant { kernel, constants: &constants, imports: &imports };
+            compile(&device, variant, &layout, checked)
+        };
+        // OpenGL has one context, for which threads would only wait; a browser has no threads.
+        let alone = cfg!(target_family = "wasm") || inner.entry.info.backend == wgpu::Backend::Gl;
+        let (thread, compiled) = (Cell::default(), OnceCell::new());
+        if alone {
+            let _ = compiled.set(work());
+        } else {
+            thread.set(Some(std::thread::spawn(work)));
+        }
+        Compiling { thread, compiled }
+    }
+
+    /// The pipeline; waits until it is compiled.
+    pub fn ready(&self) -> &wgpu::ComputePipeline {
+        &self.wait().0
+    }
+
+    /// The hash of its expanded WGSL; waits until it is compiled.
+    pub fn hash(&self) -> u64 {
+        self.wait().1
+    }
+
+    fn wait(&self) -> &Compiled {
+        self.compiled.get_or_init(|| {
+            let thread = self.thread.take().expect("a thread compiles what is not compiled");
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
 /// Compiles one variant; also returns a hash of its expanded WGSL. In unchecked mode the driver's robustness is all
 /// that stands between a wrong index and foreign memory, which is why every kernel also runs its hostile shapes in
 /// checked mode in the tests.
-pub(super) fn compile(
+fn compile(
     device: &wgpu::Device,
     variant: Variant<'_>,
-    layout: &Layout,
+    layout: &wgpu::PipelineLayout,
     checked: bool,
-) -> (wgpu::ComputePipeline, u64) {
+) -> Compiled {
     let Kernel { name, source } = variant.kernel;
     let is_override = |constant: &str| {
         source::expand(name, source, variant.imports, &[])
@@ -207,7 +258,7 @@ pub(super) fn compile(
     let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
     let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: Some(name),
-        layout: Some(&layout.pipeline),
+        layout: Some(layout),
         module: &module,
         entry_point: Some("main"),
         compilation_options: wgpu::PipelineCompilationOptions {
