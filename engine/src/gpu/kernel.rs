@@ -16,13 +16,10 @@ pub struct Kernel {
     pub source: &'static str,
 }
 
-/// Declares a kernel from `shaders/<name>.wgsl`.
+/// Declares a kernel from `shaders/<name>.wgsl`; where there is none, the crate does not compile.
 macro_rules! kernel {
     ($name:literal) => {
-        $crate::gpu::Kernel::new(
-            $name,
-            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../shaders/", $name, ".wgsl")),
-        )
+        $crate::gpu::Kernel::new($name, const { demask_shaders::kernel($name) })
     };
 }
 pub(crate) use kernel;
