@@ -9,7 +9,7 @@ use super::buffer::Allocation;
 use super::hash::FastMap;
 use super::kernel::{self, Layout, LayoutKey, MOST_BUFFERS, PipelineKey, kernel};
 use super::profile::{TIMED_DISPATCHES, Timestamps, VariantUse};
-use super::{BATCH, Buffer, Gpu, GpuInner, Kernel, PARAMS_SLOT, Variant};
+use super::{BATCH, Buffer, Gpu, GpuInner, GpuOptions, Kernel, PARAMS_SLOT, Variant};
 use crate::{Error, Result};
 
 const GATE: Kernel = kernel!("gate");
@@ -90,8 +90,15 @@ impl Cache {
                 .layouts
                 .entry(key)
                 .or_insert_with(|| Rc::new(Layout::new(&inner.device, key, PARAMS_SLOT as u64)));
-            let checked = inner.options.checked;
-            let (raw, hash) = kernel::compile(&inner.device, variant, layout, checked);
+            let compile =
+                |options: &GpuOptions| kernel::compile(&inner.device, variant, layout, options);
+            let (raw, hash) = compile(&inner.options).unwrap_or_else(|why| {
+                // Work goes on under the fault, which the next read returns.
+                let why = Reported::Invalid(format!("{}: {why}", variant.kernel.name));
+                inner.reported.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(why);
+                let plain = GpuOptions { translator: None, ..inner.options.clone() };
+                compile(&plain).expect("without a translator nothing refuses")
+            });
             let key = PipelineKey::new(variant, key);
             Pipeline { key, raw, layout: layout.clone(), hash, dispatches: 0 }
         })

@@ -2,10 +2,11 @@
 //! Pipelines are compiled once per variant and kept. Bindings follow one rule, so nobody lists them:
 //! binding 0 is the uniform `Params`, then the inputs (`read`), then the outputs (`read_write`).
 
+use std::borrow::Cow;
 use std::hash::Hasher;
 
 use super::hash::FastHasher;
-use super::{Buffer, Gpu, source};
+use super::{Buffer, Gpu, GpuOptions, source};
 
 /// WGSL with one entry point `main`, named after its file.
 #[derive(Clone, Copy, Debug)]
@@ -170,15 +171,39 @@ impl Layout {
     }
 }
 
+/// A kernel as a [`Translator`] gets it.
+#[derive(Clone, Copy, Debug)]
+pub struct Translation<'a> {
+    /// File stem.
+    pub name: &'static str,
+    /// WGSL with imports expanded and host constants set.
+    pub wgsl: &'a str,
+    /// Values of `override` constants.
+    pub constants: &'a [(&'a str, f64)],
+    /// Whether bounds checks, loop bounds and zeroed workgroup memory are asked for.
+    pub checked: bool,
+}
+
+/// Of a translated kernel; what its SPIR-V says of sizes is what counts.
+const ENTRY: wgpu::PassthroughShaderEntryPoint<'_> =
+    wgpu::PassthroughShaderEntryPoint { name: Cow::Borrowed("main"), workgroup_size: (0, 0, 0) };
+
+/// A way of one's own from WGSL to SPIR-V with the entry point `main`, bindings in descriptor set 0 as in the WGSL. For
+/// checks of other compilers; an error becomes the device's fault.
+pub type Translator = fn(&Translation<'_>) -> Result<Vec<u32>, String>;
+
 /// Compiles one variant; also returns a hash of its expanded WGSL. In unchecked mode the driver's robustness is all
 /// that stands between a wrong index and foreign memory, which is why every kernel also runs its hostile shapes in
 /// checked mode in the tests.
+///
+/// # Errors
+/// What the options' translator says of the kernel.
 pub(super) fn compile(
     device: &wgpu::Device,
     variant: Variant<'_>,
     layout: &Layout,
-    checked: bool,
-) -> (wgpu::ComputePipeline, u64) {
+    options: &GpuOptions,
+) -> Result<(wgpu::ComputePipeline, u64), String> {
     let Kernel { name, source } = variant.kernel;
     let is_override = |constant: &str| {
         source::expand(name, source, variant.imports, &[])
@@ -188,20 +213,37 @@ pub(super) fn compile(
         variant.constants.iter().copied().partition(|(constant, _)| is_override(constant));
     let text = source::expand(name, source, variant.imports, &consts);
     let hash = source::hash(&text);
-    let descriptor = wgpu::ShaderModuleDescriptor {
-        label: Some(name),
-        source: wgpu::ShaderSource::Wgsl(text.into()),
-    };
-    let module = if checked {
-        device.create_shader_module(descriptor)
-    } else {
-        // SAFETY: the kernels are ours, terminate, and are run in checked mode over hostile shapes by the
-        // tests; an op from outside the crate takes the same responsibility, stated at `Gpu::dispatch`.
-        unsafe {
-            device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+    let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
+    let checked = options.checked;
+    let module = match options.translator {
+        Some(translate) => {
+            let constants = &constants;
+            let words = translate(&Translation { name, wgsl: &text, constants, checked })?;
+            // SAFETY: a translator is responsible for its SPIR-V, as a kernel is for its WGSL.
+            unsafe {
+                device.create_shader_module_passthrough(wgpu::ShaderModuleDescriptorPassthrough {
+                    label: Some(name),
+                    entry_points: [ENTRY].as_slice().into(),
+                    spirv: Some(words.into()),
+                    ..Default::default()
+                })
+            }
+        }
+        None => {
+            let descriptor = wgpu::ShaderModuleDescriptor {
+                label: Some(name),
+                source: wgpu::ShaderSource::Wgsl(text.into()),
+            };
+            if checked {
+                device.create_shader_module(descriptor)
+            } else {
+                let checks = wgpu::ShaderRuntimeChecks::unchecked();
+                // SAFETY: the kernels are ours, terminate, and are run in checked mode over hostile shapes by the
+                // tests; an op from outside the crate takes the same responsibility, stated at `Gpu::dispatch`.
+                unsafe { device.create_shader_module_trusted(descriptor, checks) }
+            }
         }
     };
-    let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
     let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: Some(name),
         layout: Some(&layout.pipeline),
@@ -214,5 +256,5 @@ pub(super) fn compile(
         },
         cache: None,
     });
-    (pipeline, hash)
+    Ok((pipeline, hash))
 }
