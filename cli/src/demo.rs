@@ -160,8 +160,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
 fn shipped_model() -> Result<PathBuf> {
     let program = std::env::current_exe().unwrap_or_default();
     let installed = program.parent().map(|bin| bin.join("../share/demask/small-coder"));
-    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
-    let places: Vec<PathBuf> = installed.into_iter().chain([tree]).collect();
+    let source = Path::new(demask_trainer::MODELS).join("small-coder");
+    let places: Vec<PathBuf> = installed.into_iter().chain([source]).collect();
     let found = places.iter().find(|place| place.join("model.gguf").exists());
     found.cloned().with_context(|| {
         let places: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();

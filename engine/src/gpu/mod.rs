@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 pub use adapter::{ADAPTER_ENV, AdapterEntry, install_hint, list};
 pub use buffer::{Buffer, Holdings, Memory};
 pub(crate) use kernel::kernel;
-pub use kernel::{Kernel, Variant};
+pub use kernel::{Kernel, Translation, Translator, Variant};
 pub use profile::{KernelTime, Stats, VariantUse};
 pub use read_back::ReadBack;
 
@@ -35,6 +35,9 @@ use profile::Timestamps;
 const PARAMS_SLOT: usize = 256;
 /// Dispatches in one batch. Small enough that the device starts early, large enough that submits stay rare.
 const BATCH: usize = 128;
+
+/// What a [`Translator`] needs of a device.
+const PASSTHROUGH: wgpu::Features = wgpu::Features::PASSTHROUGH_SHADERS;
 
 /// How to open a device.
 #[derive(Clone, Debug, Default)]
@@ -59,6 +62,9 @@ pub struct GpuOptions {
     pub dry: bool,
     /// A smaller binding limit than the device's, in bytes: how tests exercise sharding.
     pub max_binding: Option<u64>,
+    /// Makes the SPIR-V of each kernel in place of wgpu: how tests run kernels that came through another compiler.
+    /// Vulkan only.
+    pub translator: Option<Translator>,
 }
 
 /// Names a decision that is made once for a device: which variant of an op serves a class of extents.
@@ -117,7 +123,9 @@ impl Gpu {
         let coop = entry.features & wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("demask"),
-            required_features: (entry.features - wgpu::Features::all_experimental_mask()) | coop,
+            required_features: (entry.features - wgpu::Features::all_experimental_mask())
+                | coop
+                | options.translator.map_or(wgpu::Features::empty(), |_| PASSTHROUGH),
             required_limits: limits,
             // SAFETY: the one experimental feature asked for, cooperative matrices, is used by no kernel that
             // has not passed its self-test on this device.
