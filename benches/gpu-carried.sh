@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Measures demask on a machine with a GPU that has neither Rust nor a network: programs are built and packed here, carried
-# there, and run there in one call.
+# Measures demask on a machine with a GPU that has neither Rust nor a network: programs are built and packed here,
+# carried there, and run there in one call.
 #   benches/gpu-carried.sh pack [FOLDER]          here: builds, strips and packs into FOLDER.tar.gz (.gpu.tar.gz)
 #   benches/gpu-carried.sh run PACK OUT [PART…]   there: runs all parts, or those named, in this order; logs go to OUT
-# Parts: machine doctor tests kernels torch decode train decode8b. Each has its own limit of time, a part that fails does
-# not stop the others, and the end of every log is printed last. There it needs bash, a Vulkan driver and its loader;
-# python3 with torch for `torch`, with numpy for `decode8b` (8B-shaped weights are made there).
+# Parts: machine doctor tests kernels decode torch train decode8b. Each has its own limit of time, a part that fails
+# does not stop the others, and the end of every log is printed last. There it needs bash, a Vulkan driver and its
+# loader; python3 with torch for `torch`, with numpy for `decode8b` (8B-shaped weights are made there).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 tests=(gpu ops model decode sampling batch optimizer score)
@@ -74,7 +74,11 @@ run_tests() {
     pids[$name]=$!
   done
   for name in "${tests[@]}"; do
-    wait "${pids[$name]}" || { status=1; echo "FAILED $name ($?)"; grep -E 'panicked|FAILED|error' -A3 "$out/test-$name.log" | head -40; }
+    if ! wait "${pids[$name]}"; then
+      status=1
+      echo "FAILED $name"
+      grep -E 'panicked|FAILED|error' -A3 "$out/test-$name.log" | head -40
+    fi
     grep -E '^test result|SKIPPED' "$out/test-$name.log" | sed "s/^/$name: /"
   done
   return $status
@@ -113,7 +117,8 @@ run() {
   part 120 tests "$0" tests-of "$from" "$out"
   part 90 kernels "$from/bin/demask" bench run --suite full --budget 60 --json "$out/kernels.json" --quiet
   part 60 decode "$from/bin/demask" bench decode --model trainer/models/small-coder
-  part 60 torch python3 benches/gpu/torch_limits.py --train-config benches/peers/src/smollm2_135m.json --json "$out/torch.json"
+  part 60 torch python3 benches/gpu/torch_limits.py --train-config benches/peers/src/smollm2_135m.json \
+    --json "$out/torch.json"
   part 90 train "$0" train-of "$from" "$out"
   part 120 decode8b "$0" decode8b-of "$from" "$out" "$big"
   rm -rf "$big" "$from"
