@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Do Microsoft's compilers take every kernel that the tests ran? Compiles the HLSL that run.sh left in a folder: FXC
-# what naga wrote for shader model 5.1, DXC what it wrote for 6.2. Prints one line a file and a count; exit code 1 if one is
-# refused. The compilers are those in the npm package webgpu (Dawn for Node.js), started under Wine.
+# what naga wrote for shader model 5.1, DXC what it wrote for 6.2. Prints one line a file and a count; exit code 1 if
+# one is refused. The compilers are those in the npm package webgpu (Dawn for Node.js), started under Wine.
 #
 #   tests/hlsl/microsoft.sh FOLDER        FOLDER was given to run.sh -k
 set -euo pipefail
