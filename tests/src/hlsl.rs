@@ -124,7 +124,22 @@ fn with_parameter(text: &str, name: &str) -> Result<String, String> {
     if text.contains("_NagaConstants") { Err(unlike("constants")) } else { Ok(text) }
 }
 
+/// `… = (T[2])0;`, which casts zero to an array, as `… = {(T)0,(T)0};`: glslang does not know the former.
+fn with_lists(line: &str) -> String {
+    fn list(element: &str, extents: &[usize]) -> String {
+        let Some((n, inner)) = extents.split_first() else { return format!("({element})0") };
+        format!("{{{}}}", vec![list(element, inner); *n].join(","))
+    }
+    let cast = line.split_once(" = (").and_then(|(start, rest)| {
+        let (element, extents) = rest.strip_suffix(")0;")?.split_once('[')?;
+        let extents = extents.strip_suffix(']')?.split("][").map(str::parse);
+        Some((start, list(element, &extents.collect::<Result<Vec<_>, _>>().ok()?)))
+    });
+    cast.map_or_else(|| line.to_owned(), |(start, list)| format!("{start} = {list};"))
+}
+
 fn read_by_glslang(text: &str) -> Result<Vec<u32>, String> {
+    let text = text.lines().map(|line| with_lists(line) + "\n").collect::<String>();
     let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
     let (source, target) = (folder.path().join("kernel.hlsl"), folder.path().join("kernel.spv"));
     fs::write(&source, text).map_err(|e| e.to_string())?;
@@ -170,4 +185,31 @@ fn count_workgroups(words: &mut [u32], name: &str) -> Result<(), String> {
         at += length;
     }
     Err(format!("no input variable {name} in glslang's SPIR-V"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_arrays_become_lists() {
+        let cast = "    float4 a[2][1] = (float4[2][1])0;";
+        assert_eq!(with_lists(cast), "    float4 a[2][1] = {{(float4)0},{(float4)0}};");
+        for other in
+            ["    uint n = (uint)0;", "static float4x4 m = (float4x4)0;", "x = (a[1]) + 0;"]
+        {
+            assert_eq!(with_lists(other), other);
+        }
+    }
+
+    #[test]
+    fn the_named_variable_counts_workgroups() {
+        let name = |id: u32, word: &[u8; 4]| [3 << 16 | 5, id, u32::from_le_bytes(*word)];
+        let decorate = |id: u32| [4 << 16 | 71, id, 11, 26];
+        let body = [&name(7, b"wid\0")[..], &name(8, b"n\0\0\0"), &decorate(7), &decorate(8)];
+        let mut words = [&[0; 5][..], &body.concat()].concat();
+        assert_eq!(count_workgroups(&mut words, "n"), Ok(()));
+        assert_eq!(words[words.len() - 5..], [26, 4 << 16 | 71, 8, 11, 24]);
+        assert!(count_workgroups(&mut words, "m").is_err());
+    }
 }
