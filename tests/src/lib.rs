@@ -22,9 +22,9 @@ pub fn gpu() -> Option<Gpu> {
     open(GpuOptions::default())
 }
 
-/// A device with the given options; its kernels go through HLSL if [`hlsl::log`] says so.
+/// A device with the given options; its kernels go through HLSL if [`hlsl::folder`] says so.
 pub fn open(mut options: GpuOptions) -> Option<Gpu> {
-    if hlsl::log().is_some() {
+    if hlsl::folder().is_some() {
         options.translator = Some(hlsl::translate);
     }
     match Gpu::open(options) {

@@ -89,6 +89,37 @@ fn help_teaches_and_is_a_success() {
 
 /// Text becomes a tokenizer, a dataset, and a model that was trained on it.
 #[test]
+fn the_program_describes_itself() {
+    let said = |args: &[&str]| {
+        let output = demask(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let short = said(&["-V"]);
+    assert!(short.starts_with(concat!("demask ", env!("CARGO_PKG_VERSION"))), "{short}");
+    assert_eq!(short.lines().count(), 1);
+    let long = said(&["--version"]);
+    for field in ["commit    ", "wgpu      3", "backends  ", "target    "] {
+        assert!(long.contains(&format!("\n{field}")), "{field:?} is not in {long}");
+    }
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = said(&["completions", shell]);
+        assert!(script.contains("generate") && script.contains("max-tokens"), "{shell}");
+    }
+    misused(&["completions", "csh"]);
+    assert!(said(&["man"]).contains(".TH demask 1"));
+    let page = said(&["man", "data", "build"]);
+    assert!(page.contains("demask data build") || page.contains("demask\\-data\\-build"), "{page}");
+    misused(&["man", "data", "built"]);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("man1").display().to_string();
+    assert_eq!(said(&["man", "--out", &out]), format!("{out}\n"));
+    for page in ["demask.1", "demask-train.1", "demask-data-build.1"] {
+        assert!(Path::new(&out).join(page).exists(), "{page}");
+    }
+}
+
+#[test]
 fn text_becomes_a_tokenizer_and_a_dataset() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).display().to_string();

@@ -83,7 +83,8 @@ const SHELL: &[(&str, &[&str], &str)] = &[
     ("benches/peers/prepare.sh", &[], "npm"),
     ("benches/plan-trial.sh", &[], "jq"),
     ("benches/training-ablations.sh", &["MODEL", "DATASET", "OUT"], "jq"),
-    ("tests/hlsl.sh", &[], "glslangValidator"),
+    ("tests/hlsl/microsoft.sh", &[], "npm"),
+    ("tests/hlsl/run.sh", &[], "glslangValidator"),
     ("trainer/corpora/six-languages/fetch.sh", &["OUT"], "python3"),
     ("trainer/corpora/six-languages/make.sh", &["OUT"], "demask"),
 ];

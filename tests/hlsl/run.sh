@@ -3,30 +3,35 @@
 # glslang, as SPIR-V on Vulkan (tests/src/hlsl.rs). Prints a table of the kernels; exit code 1 if a case fails or a
 # kernel is refused. Minutes, so outside the gate.
 #
-#   tests/hlsl.sh [-r RUNNER] [-o TABLE.md] [TEST...]     ops model decode unless named
+#   tests/hlsl/run.sh [-r RUNNER] [-o TABLE.md] [-k FOLDER] [TEST...]     ops model decode unless named
 #
-# -r runs the tests through RUNNER (another driver, say). Needs glslangValidator.
+# -r runs the tests through RUNNER (another driver, say), -k keeps the HLSL. Needs glslangValidator.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
-runner="" table=""
-while getopts r:o: option; do
-    case $option in r) runner=$OPTARG ;; o) table=$OPTARG ;; *) sed -n '2,9p' "$0" >&2; exit 2 ;; esac
+runner="" table="" keep=""
+while getopts r:o:k: option; do
+    case $option in
+        r) runner=$OPTARG ;; o) table=$OPTARG ;; k) keep=$OPTARG ;; *) sed -n '2,9p' "$0" >&2; exit 2 ;;
+    esac
 done
 shift $((OPTIND - 1))
 command -v glslangValidator > /dev/null ||
-    { echo "hlsl.sh: no glslangValidator; apt-get install glslang-tools" >&2; exit 2; }
+    { echo "run.sh: no glslangValidator; apt-get install glslang-tools" >&2; exit 2; }
 [ $# -gt 0 ] || set -- ops model decode
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 tests=()
 for test in "$@"; do tests+=(--test "$test"); done
-log=$folder/log
+kernels=${keep:-$folder/kernels}
+rm -rf "$kernels" && mkdir -p "$kernels"
+log=$kernels/log.tsv
 status=0
-cargo test --release -p demask-tests "${tests[@]}" --no-run
-CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$runner DEMASK_HLSL=$log DEMASK_ADAPTER=vulkan REQUIRE_GPU=1 \
-    cargo test --release -p demask-tests "${tests[@]}" --no-fail-fast -- --nocapture > "$folder/said" 2>&1 || status=1
+cargo test --release "${tests[@]}" --no-run
+[ -z "$runner" ] || export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$runner
+DEMASK_HLSL=$(realpath "$kernels") DEMASK_ADAPTER=vulkan REQUIRE_GPU=1 \
+    cargo test --release "${tests[@]}" --no-fail-fast -- --nocapture > "$folder/said" 2>&1 || status=1
 grep -E '^test |^test result|cases on|differ|glslang|naga' "$folder/said" >&2 || true
 
 # KERNEL, how many variants were translated and ran, how many were refused and why.
@@ -46,5 +51,6 @@ grep -E '^test |^test result|cases on|differ|glslang|naga' "$folder/said" >&2 ||
 } | tee "$folder/table"
 [ -z "$table" ] || cp "$folder/table" "$table"
 refused=$(cut -f3 "$log" | grep -c '^refused' || true)
-echo "$(grep -c '	ok	' "$log" || true) translations, $refused refused; tests: $([ $status = 0 ] && echo passed || echo FAILED)"
+[ $status = 0 ] && outcome=passed || outcome=FAILED
+echo "$(grep -c '	ok	' "$log" || true) translations, $refused refused; tests: $outcome"
 [ $status = 0 ] && [ "$refused" = 0 ]
