@@ -30,6 +30,8 @@ fn source_of(qkv_bias: bool) -> (TempDir, LlamaConfig) {
         num_key_value_heads: 2,
         head_dim: 64,
         qkv_bias,
+        o_bias: false,
+        mlp_bias: false,
         tie_word_embeddings: false,
         block_length: Some(8),
         diffusion_attention: DiffusionAttention::Causal,

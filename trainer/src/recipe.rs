@@ -622,6 +622,8 @@ impl Fresh {
             block_length: None,
             diffusion_attention: DiffusionAttention::default(),
             qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
         }
     }
 }

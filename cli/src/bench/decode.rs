@@ -89,7 +89,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Ok(Mode::Block(block)) => block.block_length,
         _ => 4,
     };
-    let room = config.max_position_embeddings;
+    let room = config.context_length();
     let fits = |depth: &usize| depth.checked_add(block).is_some_and(|end| end <= room);
     let depths = args.depths.iter().map(|depth| depth / block * block).filter(fits);
     let depths: Vec<usize> = match config.diffusion_attention {
@@ -168,7 +168,7 @@ impl Args {
             return Ok(Vec::new());
         }
         let (total, room) =
-            (prompt.len().saturating_add(self.tokens), config.max_position_embeddings);
+            (prompt.len().saturating_add(self.tokens), config.context_length());
         ensure!(
             total <= room,
             "a prompt of {} tokens and --tokens {} do not fit the model's context of {room}",

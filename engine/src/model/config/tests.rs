@@ -15,6 +15,8 @@ pub(crate) fn tiny() -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: None,
         qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
         tie_word_embeddings: false,
         max_position_embeddings: 64,
         bos_token_id: Some(0),
