@@ -9,7 +9,7 @@ use demask_benches::decode::{self, Answer, Decoding, Pass};
 use demask_benches::measure;
 use demask_benches::record::Limits;
 use demask_engine::decode::{DEFAULT_THRESHOLD, DecodeOptions, Mode, Request, Schedule};
-use demask_engine::model::{DiffusionAttention, LlamaConfig, Tokenizer};
+use demask_engine::model::{DiffusionAttention, LlamaConfig, Tokenizer, hub};
 use demask_engine::tune;
 use serde_json::json;
 
@@ -183,7 +183,7 @@ impl Args {
         if self.tokens == 0 {
             return Ok(Vec::new());
         }
-        let path = &self.model.model;
+        let path = &hub::resolve(&self.model.model)?;
         if self.file.is_none()
             && path.join("config.json").exists()
             && !path.join("tokenizer.json").exists()

@@ -16,6 +16,12 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     resolve_in(path, cache().as_deref())
 }
 
+/// Whether `path` is nothing on this machine and may be a model's name on the hub, `org/name`.
+pub fn may_name(path: &Path) -> bool {
+    let name = path.to_str().and_then(Name::parse);
+    std::fs::symlink_metadata(path).is_err() && name.is_some_and(|n| n.repository.contains('/'))
+}
+
 fn resolve_in(path: &Path, cache: Option<&Path>) -> Result<PathBuf> {
     if path.join("snapshots").is_dir() && !path.join("config.json").exists() {
         return snapshot(path, None, path);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::config::LlamaConfig;
 use super::gguf::write::write_gguf;
+use super::hub;
 use super::lora::{EMBEDDING, HEAD, Lora, LowRank, Replaced};
 use super::parameter::saved_type;
 use super::save::{SaveTensor, Sink, save_model};
@@ -28,6 +29,7 @@ pub fn merge(
     dtype: StoredType,
     hear: Hear<'_>,
 ) -> Result<()> {
+    let base = &hub::resolve(base)?;
     let (mut config, weights) = Weights::open(base)?;
     lora.check(&config)?;
     let files = tokenizer_files(base, &config)?;
@@ -80,6 +82,7 @@ fn source(name: &str, tied: bool) -> &str {
 /// Writes the mean of models of one shape, weight by weight, to the folder `out`, with the configuration and the
 /// tokenizer of the first.
 pub fn average(models: &[PathBuf], out: &Path, dtype: StoredType, hear: Hear<'_>) -> Result<()> {
+    let models = &models.iter().map(|m| hub::resolve(m)).collect::<Result<Vec<_>>>()?[..];
     let opened = models.iter().map(|m| Weights::open(m)).collect::<Result<Vec<_>>>()?;
     let Some((config, _)) = opened.first() else {
         return Err(Error::Request("there is no model to average".into()));
