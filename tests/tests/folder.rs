@@ -55,7 +55,8 @@ impl Case {
         let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let kept = |name: &str| !self.drop.iter().any(|part| name.contains(part.as_str()));
-        let views: HashMap<_, _> = file.tensors().into_iter().filter(|(name, _)| kept(name)).collect();
+        let views: HashMap<_, _> =
+            file.tensors().into_iter().filter(|(name, _)| kept(name)).collect();
         safetensors::serialize_to_file(views, None, &to.join("model.safetensors")).unwrap();
         to
     }
@@ -199,7 +200,8 @@ fn continuations_beyond_the_context_are_those_of_transformers() {
         for (nth, id) in ids.into_iter().enumerate() {
             let got = decoder.take(id).unwrap().token_ids;
             if got != case.greedy {
-                failures.push(format!("{} request {nth}: {got:?}, not {:?}", case.name, case.greedy));
+                failures
+                    .push(format!("{} request {nth}: {got:?}, not {:?}", case.name, case.greedy));
             }
         }
     }
@@ -220,7 +222,8 @@ fn biases_learn_and_are_saved() {
     let mut gradients = Gradients::new();
     let one = Tensor::from_f32(&gpu, &[1.0], [1]);
     backward(&loss(&model, ids), &one, &mut gradients);
-    let names: Vec<String> = model.config().parameters().into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> =
+        model.config().parameters().into_iter().map(|(name, _)| name).collect();
     assert_eq!(model.parameters().iter().map(|p| p.name.clone()).collect::<Vec<_>>(), names);
     // A step along a bias's gradient changes the loss by the gradient's length.
     for p in model.parameters().into_iter().filter(|p| p.name.ends_with(".bias")) {
@@ -289,7 +292,8 @@ fn a_snapshot_of_links_opens() {
 #[test]
 fn a_folder_of_several_files_says_which_there_are() {
     let work = tempfile::tempdir().unwrap();
-    let names = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.Q4_K_M.gguf", "c.GGUF", "d.txt"];
+    let names =
+        ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.Q4_K_M.gguf", "c.GGUF", "d.txt"];
     names.map(|name| std::fs::write(work.path().join(name), "x").unwrap());
     let error = Weights::open(work.path()).err().unwrap().to_string();
     let told = "holds 3 GGUF models: a-00001-of-00002.gguf (2 parts), b.Q4_K_M.gguf, c.GGUF; name the one you mean, as in";

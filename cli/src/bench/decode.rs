@@ -167,8 +167,7 @@ impl Args {
         if self.tokens == 0 {
             return Ok(Vec::new());
         }
-        let (total, room) =
-            (prompt.len().saturating_add(self.tokens), config.context_length());
+        let (total, room) = (prompt.len().saturating_add(self.tokens), config.context_length());
         ensure!(
             total <= room,
             "a prompt of {} tokens and --tokens {} do not fit the model's context of {room}",

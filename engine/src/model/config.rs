@@ -468,9 +468,8 @@ fn rope_fields(fields: &Fields) -> Result<(f32, Option<RopeScaling>)> {
     }
     for fields in [Some(fields), inner.as_ref()].into_iter().flatten() {
         if fields.f32("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-            return Err(fields.error(
-                "partial_rotary_factor is not 1; only fully rotated heads are supported",
-            ));
+            return Err(fields
+                .error("partial_rotary_factor is not 1; only fully rotated heads are supported"));
         }
     }
     let (theta, scaling) = match &inner {

@@ -88,7 +88,10 @@ impl<'a> Name<'a> {
         };
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         let named = |part: &str| {
-            !part.is_empty() && part.chars().all(plain) && !part.starts_with('.') && part.len() <= 96
+            !part.is_empty()
+                && part.chars().all(plain)
+                && !part.starts_with('.')
+                && part.len() <= 96
         };
         let inside = |path: &str| path.is_empty() || path.split('/').all(named);
         let known = repository.split('/').all(named)
@@ -158,13 +161,14 @@ fn cache_by(variable: &dyn Fn(&str) -> Option<String>, home: Option<PathBuf>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::weights::tests::Scratch;
 
     const COMMIT: &str = "0123456789012345678901234567890123456789";
 
     /// A cache with one repository of one commit, under two names.
-    fn cache() -> tempfile::TempDir {
-        let cache = tempfile::tempdir().unwrap();
-        let repository = cache.path().join("models--some-org--tiny.model");
+    fn cache(name: &str) -> Scratch {
+        let cache = Scratch::new(name);
+        let repository = cache.0.join("models--some-org--tiny.model");
         for folder in ["refs/refs/pr", "blobs", &format!("snapshots/{COMMIT}/q4")] {
             std::fs::create_dir_all(repository.join(folder)).unwrap();
         }
@@ -177,14 +181,17 @@ mod tests {
 
     #[test]
     fn a_name_is_the_snapshot_of_its_revision() {
-        let cache = cache();
-        let repository = cache.path().join("models--some-org--tiny.model");
+        let cache = cache("hub-found");
+        let repository = cache.0.join("models--some-org--tiny.model");
         let folder = repository.join("snapshots").join(COMMIT);
-        let resolve = |name: &str| resolve_in(Path::new(name), Some(cache.path()));
+        let resolve = |name: &str| resolve_in(Path::new(name), Some(cache.0.as_path()));
         let by_commit = format!("some-org/tiny.model@{COMMIT}");
-        for name in
-            ["some-org/tiny.model", "some-org/tiny.model@main", "some-org/tiny.model@refs/pr/7", &by_commit]
-        {
+        for name in [
+            "some-org/tiny.model",
+            "some-org/tiny.model@main",
+            "some-org/tiny.model@refs/pr/7",
+            &by_commit,
+        ] {
             assert_eq!(resolve(name).unwrap(), folder, "{name}");
         }
         assert_eq!(resolve(repository.to_str().unwrap()).unwrap(), folder);
@@ -192,25 +199,28 @@ mod tests {
             assert_eq!(resolve(name).unwrap(), folder.join("q4/a.gguf"), "{name}");
         }
         // A folder of that name goes first.
-        let here = cache.path().to_str().unwrap();
-        assert_eq!(resolve(here).unwrap(), cache.path());
+        let here = cache.0.as_path().to_str().unwrap();
+        assert_eq!(resolve(here).unwrap(), cache.0.as_path());
     }
 
     #[test]
     fn what_is_not_there_says_how_to_get_it() {
-        let cache = cache();
+        let cache = cache("hub-missing");
         let refused = |name: &str, words: &[&str]| {
-            let error = resolve_in(Path::new(name), Some(cache.path())).unwrap_err().to_string();
+            let error = resolve_in(Path::new(name), Some(cache.0.as_path())).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{name}: {error}");
         };
         refused("some-org/other", &["hf download some-org/other`", "HF_HOME", "no such file"]);
         refused("some-org/other@v1", &["hf download some-org/other --revision v1`"]);
         refused("some-org/tiny.model@v1", &["revision v1", "lost, main", COMMIT]);
         refused("some-org/tiny.model@lost", &["revision lost"]);
-        refused("some-org/tiny.model/b.gguf", &["b.gguf", "hf download some-org/tiny.model b.gguf"]);
+        refused(
+            "some-org/tiny.model/b.gguf",
+            &["b.gguf", "hf download some-org/tiny.model b.gguf"],
+        );
         // No name on the hub, so only a path.
         for path in ["/none/of/this", "../x", "./org/name", "some-org/../tiny.model", "a b/c"] {
-            let error = resolve_in(Path::new(path), Some(cache.path())).unwrap_err();
+            let error = resolve_in(Path::new(path), Some(cache.0.as_path())).unwrap_err();
             assert!(matches!(error, Error::Io { .. }), "{path}: {error}");
         }
     }
@@ -220,8 +230,7 @@ mod tests {
         let of = |set: &[(&str, &str)]| {
             let set: Vec<(String, String)> =
                 set.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-            let variable =
-                |name: &str| set.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone());
+            let variable = |name: &str| set.iter().find(|(k, _)| k == name).map(|(_, v)| v.clone());
             cache_by(&variable, Some("/h".into())).unwrap().to_str().unwrap().replace('\\', "/")
         };
         assert_eq!(of(&[]), "/h/.cache/huggingface/hub");

@@ -234,7 +234,13 @@ impl Lora {
         if module.alpha == 0.0 {
             return Err(Error::Request(format!("the adapter scales {name} by 0")));
         }
-        let columns = module.a.len() / module.rank;
+        let (columns, rows) = (module.a.len() / module.rank, module.b.len() / module.rank);
+        if module.rank > columns.min(rows) {
+            return Err(Error::Request(format!(
+                "the adapter of {name} has the rank {}, and its {rows} rows of {columns} have no such share",
+                module.rank
+            )));
+        }
         let share = share::of(self.share, &weight()?, columns, module.rank);
         // s (B A − L R) with L R the share over s, or as it is: one adapter of twice the rank at the same scale.
         let over = match self.share {

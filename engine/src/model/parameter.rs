@@ -57,7 +57,11 @@ impl Parameter {
         let all = self.values()?;
         let Some(rows) = rows else { return Ok(all) };
         let columns = self.shape[1..].iter().product::<usize>();
-        Ok(rows.iter().flat_map(|&row| &all[row as usize * columns..][..columns]).copied().collect())
+        Ok(rows
+            .iter()
+            .flat_map(|&row| &all[row as usize * columns..][..columns])
+            .copied()
+            .collect())
     }
 
     /// Puts other values in the place of some of its rows, or of all; they are there.

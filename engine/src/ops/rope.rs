@@ -55,17 +55,10 @@ pub fn rope(x: &Tensor, positions: &Tensor, rotary: (&Tensor, f32)) -> Tensor {
     assert!(!inv_freq.is_tracked(), "rope: inv_freq gets no gradient");
     let y = rotate(x, positions, rotary, 1.0);
     let (positions, inv_freq) = (positions.detach(), inv_freq.detach());
-    y.record("rope", &[x], move |dy| {
-        vec![Some(rotate(dy, &positions, (&inv_freq, scale), -1.0))]
-    })
+    y.record("rope", &[x], move |dy| vec![Some(rotate(dy, &positions, (&inv_freq, scale), -1.0))])
 }
 
-fn rotate(
-    x: &Tensor,
-    positions: &Tensor,
-    (inv_freq, scale): (&Tensor, f32),
-    sign: f32,
-) -> Tensor {
+fn rotate(x: &Tensor, positions: &Tensor, (inv_freq, scale): (&Tensor, f32), sign: f32) -> Tensor {
     let y = x.empty_like("rope");
     let [b, t, heads, h] = **x.shape() else { unreachable!("rope has checked the shape") };
     let (pieces, wide) = pieces(h / 2);
@@ -197,7 +190,8 @@ mod cases {
         own: bool,
     ) -> Case {
         let (rows, scale) = if own { (t, 1.25) } else { (1, 1.0) };
-        let own_of = |token: usize| frequencies(h / 2).into_iter().map(move |f| f / (1 + token) as f32);
+        let own_of =
+            |token: usize| frequencies(h / 2).into_iter().map(move |f| f / (1 + token) as f32);
         let rotary: Vec<f32> = (0..rows).flat_map(own_of).collect();
         let by = rotary.clone();
         let slots = 2 * t + 2;

@@ -84,8 +84,7 @@ pub(super) struct Rope<'a> {
 
 impl RopeScaling {
     /// Takes `rope_scaling` or `rope_parameters`; `None` for the type `default`. `root` is the whole `config.json`.
-    pub(super) fn from_json(map: &Fields<'_>, root: &Fields<'_>) -> Result<Option<Self>> {
-        let fields = map;
+    pub(super) fn from_json(fields: &Fields<'_>, root: &Fields<'_>) -> Result<Option<Self>> {
         let missing =
             |name: &str| fields.error(format!("rope_scaling.{name} is missing; expected a number"));
         let need = |name: &str| fields.f32(name)?.ok_or_else(|| missing(name));
@@ -269,7 +268,8 @@ impl Rope<'_> {
 
     /// What sine and cosine are multiplied by.
     pub fn attention_factor(&self) -> f32 {
-        let mscale = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
+        let mscale =
+            |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
         let factor = match self.scaling {
             Some(RopeScaling::Yarn(yarn)) => match (yarn.attention_factor, yarn.mscale) {
                 (Some(given), _) => return given,
@@ -368,8 +368,7 @@ impl Rope<'_> {
             dim * wavelength.ln() / (2.0 * theta.ln())
         };
         let (low, high) = (index(yarn.beta_fast), index(yarn.beta_slow));
-        let (low, high) =
-            if yarn.truncate { (low.floor(), high.ceil()) } else { (low, high) };
+        let (low, high) = if yarn.truncate { (low.floor(), high.ceil()) } else { (low, high) };
         let (low, high) = (low.max(0.0), high.min(dim - 1.0));
         let high = if low == high { high + 0.001 } else { high };
         let (low, width) = (low as f32, (high - low) as f32);

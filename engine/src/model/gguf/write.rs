@@ -205,7 +205,9 @@ fn no_place(config: &LlamaConfig) -> Option<String> {
         }
         _ => return None,
     };
-    Some(format!("a GGUF file has no place for rope scaling {scaling}; write a Hugging Face folder"))
+    Some(format!(
+        "a GGUF file has no place for rope scaling {scaling}; write a Hugging Face folder"
+    ))
 }
 
 /// llama.cpp's `LLAMA_FTYPE` of a file that is mostly of this type; it only prints it.

@@ -84,7 +84,8 @@ impl Lora {
                     Some(low) => low,
                     None => {
                         let (rank, alpha) = settings.numbers(module)?;
-                        let empty = LowRank { rank, alpha, a: vec![], b: vec![], magnitude: vec![] };
+                        let empty =
+                            LowRank { rank, alpha, a: vec![], b: vec![], magnitude: vec![] };
                         self.modules.entry(module.into()).or_insert(empty)
                     }
                 };
@@ -108,7 +109,9 @@ impl Lora {
                 let tied = !settings.saves(inner);
                 self.replaced.insert(inner.into(), replaced(None, tied));
             } else {
-                return Err(fail(format!("{name} {shape} is no part of an adapter that can be read")));
+                return Err(fail(format!(
+                    "{name} {shape} is no part of an adapter that can be read"
+                )));
             }
         }
         if let Some(odd) = self.replaced.keys().find(|name| name.contains(".base_layer.")) {
@@ -131,15 +134,17 @@ impl Lora {
         let usual = self.modules.values().next().map_or((1, 1.0), |low| (low.rank, low.alpha));
         let others = |of: &dyn Fn(&LowRank) -> Value, usual: Value| -> Value {
             let differ = self.modules.iter().filter(|(_, low)| of(low) != usual);
-            differ.map(|(name, low)| (name.clone(), of(low))).collect::<serde_json::Map<_, _>>().into()
+            differ
+                .map(|(name, low)| (name.clone(), of(low)))
+                .collect::<serde_json::Map<_, _>>()
+                .into()
         };
         let module = |name: &str| name.trim_end_matches(".weight").to_owned();
         let of_rows = |some: bool| {
             self.replaced.iter().filter(move |(_, replaced)| replaced.rows.is_some() == some)
         };
-        let tokens: serde_json::Map<_, _> = of_rows(true)
-            .map(|(name, replaced)| (module(name), json!(replaced.rows)))
-            .collect();
+        let tokens: serde_json::Map<_, _> =
+            of_rows(true).map(|(name, replaced)| (module(name), json!(replaced.rows))).collect();
         let saved: Vec<String> = of_rows(false)
             .filter(|(_, replaced)| !replaced.tied)
             .map(|(name, _)| module(name.trim_end_matches(".bias")))
@@ -178,7 +183,8 @@ impl Lora {
             }
         }
         for (name, Replaced { shape, values, rows, .. }) in &self.replaced {
-            let name = if rows.is_some() { format!("{}{TOKENS}", module(name)) } else { name.clone() };
+            let name =
+                if rows.is_some() { format!("{}{TOKENS}", module(name)) } else { name.clone() };
             tensors.push((format!("{PREFIX}{name}"), shape.clone(), values));
         }
         let broken = |e: safetensors::SafeTensorError| Error::model(dir, e.to_string());
@@ -301,9 +307,9 @@ impl Settings {
         }
         let rank = |field: &str, value: f64| {
             let whole = value >= 1.0 && value <= 1e6 && value.fract() == 0.0;
-            whole.then_some(value as usize).ok_or_else(|| {
-                fail(format!("{field} is no positive number: {value}"))
-            })
+            whole
+                .then_some(value as usize)
+                .ok_or_else(|| fail(format!("{field} is no positive number: {value}")))
         };
         let alpha = |field: &str, value: f64| match value.is_finite() {
             true => Ok(value),
@@ -368,7 +374,10 @@ fn patterns<T>(
 ) -> Result<Vec<(Regex, T)>> {
     let one = |(key, number): (String, f64)| {
         let pattern = Regex::new(&format!(r"^(.*\.)?({key})$")).map_err(|e| {
-            Error::model(path, format!("{field} has the pattern {key:?}, which cannot be read: {e}"))
+            Error::model(
+                path,
+                format!("{field} has the pattern {key:?}, which cannot be read: {e}"),
+            )
         })?;
         Ok((pattern, value(&format!("{field}[{key:?}]"), number)?))
     };

@@ -82,7 +82,9 @@ mod tests {
     /// The matrix is made of its singular values: some that lie close, one that comes twice, and a long tail.
     #[test]
     fn pissa_takes_the_largest_singular_values() {
-        for (rows, columns, rank) in [(40, 24, 5), (24, 40, 5), (24, 24, 1), (300, 200, 8), (6, 9, 6)] {
+        for (rows, columns, rank) in
+            [(40, 24, 5), (24, 40, 5), (24, 24, 1), (300, 200, 8), (6, 9, 6)]
+        {
             let n = rows.min(columns);
             let u = orthonormal(random(1, n * rows), rows);
             let v = orthonormal(random(2, n * columns), columns);
@@ -101,8 +103,7 @@ mod tests {
             let mut largest = s.clone();
             largest[rank..].fill(0.0);
             let share = of(Share::Pissa, &w, columns, rank);
-            let off =
-                furthest(&product(&share, rank, columns), &matrix(&u, &v, &largest, columns));
+            let off = furthest(&product(&share, rank, columns), &matrix(&u, &v, &largest, columns));
             assert!(off < 2e-5, "{rows} x {columns}, rank {rank}: {off}");
         }
     }

@@ -100,7 +100,8 @@ fn squared(weight: &[f32], n: usize, vectors: &[f64]) -> Vec<Vec<f64>> {
 /// ‖G y − λ y‖ of the vector y = Σ_j s_j q_j: what its image has outside the space of the first vectors.
 fn residual(h: &[Vec<f64>], s: &[f64]) -> f64 {
     let outside = h.iter().map(Vec::len).max().unwrap_or(0);
-    let part = |i: usize| -> f64 { h.iter().zip(s).map(|(h, s)| h.get(i).unwrap_or(&0.0) * s).sum() };
+    let part =
+        |i: usize| -> f64 { h.iter().zip(s).map(|(h, s)| h.get(i).unwrap_or(&0.0) * s).sum() };
     (s.len()..outside).map(|i| part(i).powi(2)).sum::<f64>().sqrt()
 }
 

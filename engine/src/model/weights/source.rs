@@ -98,7 +98,10 @@ fn part_of(stem: &str) -> Option<&str> {
 /// Says of a link whose file is gone that it is one: what a hub's cache is left with when it was cleaned or cut off.
 fn unlinked(path: &Path, error: std::io::Error) -> Error {
     match path.is_symlink() {
-        true => Error::model(path, "a link to a file that is not there; get it again with `hf download`"),
+        true => Error::model(
+            path,
+            "a link to a file that is not there; get it again with `hf download`",
+        ),
         false => Error::io(path, error),
     }
 }

@@ -139,7 +139,9 @@ fn tensors_must_match_the_configuration() {
     assert!(!config.tie_word_embeddings);
     assert_eq!(weights.rows_f32("lm_head.weight", 0..1).unwrap()[1], element("lm_head.weight", 1));
     let same = |tensor: &SaveTensor| match tensor.name.as_str() {
-        "lm_head.weight" => SaveTensor { name: "model.embed_tokens.weight".into(), ..tensor.clone() },
+        "lm_head.weight" => {
+            SaveTensor { name: "model.embed_tokens.weight".into(), ..tensor.clone() }
+        }
         _ => tensor.clone(),
     };
     let tensors = parameters(&tiny(), StoredType::F32);
