@@ -155,7 +155,7 @@ impl DecodingArgs {
         config: &LlamaConfig,
         prompt: usize,
     ) -> Result<DecodeOptions> {
-        let room = config.max_position_embeddings.saturating_sub(prompt).max(1);
+        let room = config.context_length().saturating_sub(prompt).max(1);
         Ok(DecodeOptions {
             mode: self.mode(command, config)?,
             max_tokens: self.max_tokens.unwrap_or(DEFAULT_TOKENS.min(room)),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use demask_engine::decode::{DecodeOptions, Generation, Mode, Schedule};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer, Weights};
+use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer, Weights, hub};
 use demask_trainer::recipe::{
     BlockLength, Checkpoints, Data, Guard, ModelSource, Objective, Optimizer, Phase, Recipe,
     Validation,
@@ -88,7 +88,7 @@ fn answer_options(config: &LlamaConfig, seed: u64) -> Result<DecodeOptions> {
 pub fn run(args: Args) -> Result<ExitCode> {
     interrupt::listen("leaving after this step");
     let path = match &args.model {
-        Some(path) => path.clone(),
+        Some(path) => hub::resolve(path)?,
         None => shipped_model()?,
     };
     let (config, weights) = Weights::open(&path)?;

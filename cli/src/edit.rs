@@ -222,7 +222,7 @@ impl Editor<'_> {
         enough: impl Fn(&str) -> bool,
     ) -> Result<(String, FinishReason)> {
         let config = self.llama.config();
-        let room = config.max_position_embeddings.saturating_sub(prompt.len());
+        let room = config.context_length().saturating_sub(prompt.len());
         let max_tokens = self.options.max_tokens.min(room);
         let options = DecodeOptions { max_tokens, ..self.options.clone() };
         let request = Request::answer(config, prompt, &options)?;

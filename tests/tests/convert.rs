@@ -14,11 +14,11 @@ use tempfile::TempDir;
 
 /// A model of one layer with random weights and the small model's tokenizer; rows of 256 and 512.
 fn source() -> (TempDir, LlamaConfig) {
-    source_of(false)
+    source_of([false; 3])
 }
 
-/// The same as a Llama, or as a Qwen2.
-fn source_of(qkv_bias: bool) -> (TempDir, LlamaConfig) {
+/// The same with biases on q, k and v, on the output projection of attention, and in the feed-forward layer.
+fn source_of([qkv_bias, o_bias, mlp_bias]: [bool; 3]) -> (TempDir, LlamaConfig) {
     let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
     let (small_config, _) = Weights::open(&small).unwrap();
     let files = Tokenizer::for_model(&small, &small_config).unwrap().files().unwrap();
@@ -30,6 +30,8 @@ fn source_of(qkv_bias: bool) -> (TempDir, LlamaConfig) {
         num_key_value_heads: 2,
         head_dim: 64,
         qkv_bias,
+        o_bias,
+        mlp_bias,
         tie_word_embeddings: false,
         block_length: Some(8),
         diffusion_attention: DiffusionAttention::Causal,
@@ -105,7 +107,7 @@ fn gguf_files_hold_the_model_in_every_type() {
 
 #[test]
 fn a_qwen2_keeps_its_biases_and_its_rows() {
-    let (source, config) = source_of(true);
+    let (source, config) = source_of([true, false, false]);
     let dir = tempfile::tempdir().unwrap();
     let (_, original) = Weights::open(source.path()).unwrap();
     let out = written(source.path(), dir.path(), StoredType::Q8_0);
@@ -120,6 +122,69 @@ fn a_qwen2_keeps_its_biases_and_its_rows() {
     assert_eq!((read, values(&weights)), (config, values(&original)));
     let q = |of: &Weights| of.rows_f32("model.layers.0.self_attn.q_proj.weight", 0..256).unwrap();
     assert!(distance(&q(&original), &q(&weights)) < 8e-3);
+}
+
+/// Biases of q and k are stored in the order of the rows that they are added to.
+#[test]
+fn a_llama_keeps_its_biases() {
+    for biases in [[true, true, false], [false, false, true], [true; 3]] {
+        let (source, config) = source_of(biases);
+        let dir = tempfile::tempdir().unwrap();
+        let (_, original) = Weights::open(source.path()).unwrap();
+        let out = written(source.path(), dir.path(), StoredType::F32);
+        let bytes = std::fs::read(&out).unwrap();
+        let name = b"general.architecture";
+        let at = bytes.windows(name.len()).position(|w| w == name).unwrap() + name.len() + 12;
+        assert_eq!(&bytes[at..at + 5], b"llama");
+        let (read, weights) = Weights::open(&out).unwrap();
+        assert_eq!(read, config);
+        for (name, shape) in config.parameters() {
+            let values = |of: &Weights| of.rows_f32(&name, 0..shape[0]).unwrap();
+            assert_eq!(values(&original), values(&weights), "{name}");
+        }
+    }
+}
+
+/// YaRN as llama.cpp and transformers both compute it has a place in a GGUF file; other scalings are refused by name.
+#[test]
+fn stretched_contexts_are_kept_or_refused() {
+    let (source, config) = source();
+    let dir = tempfile::tempdir().unwrap();
+    let path = source.path().join("config.json");
+    let with = |scaling: &serde_json::Value| {
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        json["rope_scaling"] = scaling.clone();
+        std::fs::write(&path, json.to_string()).unwrap();
+    };
+    let yarn = serde_json::json!({
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512
+    });
+    with(&yarn);
+    let (of_folder, _) = Weights::open(source.path()).unwrap();
+    let out = written(source.path(), dir.path(), StoredType::Q8_0);
+    let (read, _) = Weights::open(&out).unwrap();
+    assert_eq!(read, of_folder);
+    assert!(matches!(&read.rope_scaling, Some(RopeScaling::Yarn(y)) if y.factor == 4.0));
+    let factors = vec![1.0; config.head_dim / 2];
+    let mut own = yarn.clone();
+    own["beta_fast"] = 16.into();
+    for (named, scaling) in [
+        ("dynamic", serde_json::json!({"rope_type": "dynamic", "factor": 2.0})),
+        ("beta_fast", own),
+        (
+            "longrope",
+            serde_json::json!({
+                "rope_type": "longrope", "short_factor": factors, "long_factor": factors
+            }),
+        ),
+    ] {
+        with(&scaling);
+        let out = dir.path().join("refused.gguf");
+        let error = convert(source.path(), &out, StoredType::Q8_0, &mut |_| {}).unwrap_err();
+        assert!(error.to_string().contains(named), "{error}");
+        assert!(!out.exists());
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use demask_engine::model::lora::Decoding;
-use demask_engine::model::{DiffusionAttention, LlamaConfig};
+use demask_engine::model::{DiffusionAttention, LlamaConfig, hub};
 use demask_engine::ops::Mask;
 use serde::{Deserialize, Serialize};
 
@@ -491,8 +491,15 @@ impl Recipe {
             toml::from_str(&text).with_context(|| format!("in the recipe {}", path.display()))?;
         let base = path.parent().unwrap_or(Path::new("."));
         let (model, data) = (&mut recipe.model, &mut recipe.data);
-        for p in data.paths.iter_mut().chain(&mut model.from).chain(&mut data.dataset) {
+        for p in data.paths.iter_mut().chain(&mut data.dataset) {
             *p = base.join(&p);
+        }
+        if let Some(from) = &mut model.from {
+            let beside = base.join(&from);
+            // What lies beside the recipe goes first, as with the hub's own tools.
+            if beside.exists() || !hub::may_name(from) {
+                *from = beside;
+            }
         }
         recipe.check().with_context(|| format!("in the recipe {}", path.display()))?;
         Ok(recipe)
@@ -622,6 +629,8 @@ impl Fresh {
             block_length: None,
             diffusion_attention: DiffusionAttention::default(),
             qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
         }
     }
 }

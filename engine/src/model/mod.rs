@@ -4,6 +4,7 @@ mod cache;
 mod chat;
 pub mod config;
 pub mod gguf;
+pub mod hub;
 mod llama;
 pub mod lora;
 pub mod merge;
@@ -15,7 +16,7 @@ pub mod weights;
 
 pub use cache::KvCache;
 pub use chat::{CHATML, ChatTemplate};
-pub use config::{DiffusionAttention, LlamaConfig, RopeScaling};
+pub use config::{DiffusionAttention, LlamaConfig, LongRope, RopeScaling, Yarn};
 pub use llama::{Inputs, Llama};
 pub use lora::Lora;
 pub use parameter::{Parameter, Precision};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use demask_engine::model::tokenizer::{FIM_NAMES, Fim, FimOrder};
-use demask_engine::model::{ChatTemplate, LlamaConfig, Tokenizer, Weights};
+use demask_engine::model::{ChatTemplate, LlamaConfig, Tokenizer, Weights, hub};
 use demask_engine::philox::Philox;
 
 use super::{Content, Document, Turn, fnv1a};
@@ -36,6 +36,7 @@ pub struct Vocabulary {
 impl Vocabulary {
     /// Opens a folder with a `tokenizer.json`, with or without a model beside it, or a GGUF file or its folder.
     pub fn open(path: &Path) -> Result<Vocabulary> {
+        let path = &hub::resolve(path)?;
         let bare = path.join("tokenizer.json").exists() && !path.join("config.json").exists();
         let (config, tokenizer) = if bare {
             let config = bare_config(path)?;
