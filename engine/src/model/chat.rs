@@ -106,10 +106,10 @@ impl ChatTemplate {
             Error::Request(format!("the chat template, line {}: {}", e.line, e.message))
         })?;
         let mut environment = Environment::empty();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true);
+        let mut syntax = SyntaxConfig::builder();
         // The last line end is already gone.
-        let syntax = syntax.keep_trailing_newline(true).build();
-        environment.set_syntax(syntax.map_err(|e| refuse(&e))?);
+        syntax.trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true);
+        environment.set_syntax(syntax.build().map_err(|e| refuse(&e))?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_unknown_method_callback(|_, value, name, arguments| {
             methods::call(value, name, arguments)

@@ -182,7 +182,9 @@ impl Writer<'_> {
                 let target = p.target()?;
                 p.keyword("in")?;
                 let iterated = p.tuple(false)?;
-                let mut text = format!("for {target} in {}({})", names::ITERATE, iterated.text);
+                let many = target.contains(',');
+                let mut text =
+                    format!("for {target} in {}({}, {many})", names::ITERATE, iterated.text);
                 if p.skip_name("if") {
                     let test = p.expression()?;
                     let _ = write!(text, " if {}", test.held());
@@ -210,7 +212,11 @@ impl Writer<'_> {
             "set" => {
                 let target = p.target()?;
                 if p.skip("=") {
-                    format!("set {target} = {}", p.tuple(true)?.text)
+                    let value = p.tuple(true)?.text;
+                    match target.contains(',') {
+                        true => format!("set {target} = {}({value}, true)", names::ITERATE),
+                        false => format!("set {target} = {value}"),
+                    }
                 } else {
                     let filters = p.filters()?;
                     self.open("set", line);

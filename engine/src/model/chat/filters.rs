@@ -44,7 +44,7 @@ const FILTERS: [(&str, Filter); 52] = [
     ("map", map),
     ("max", |_, a| extreme(a, "max", Ordering::Greater)),
     ("min", |_, a| extreme(a, "min", Ordering::Less)),
-    ("pprint", |_, a| Ok(Value::from(repr(&one(a, "pprint")?)))),
+    ("pprint", |_, a| Ok(Value::from(repr(&by_key(&one(a, "pprint")?)?)))),
     ("random", |_, _| Err(error("the filter random makes no prompt that can be repeated"))),
     ("reject", |state, a| select(state, a, false, false)),
     ("rejectattr", |state, a| select(state, a, true, false)),
@@ -94,6 +94,22 @@ fn on_text<T: Into<String>>(
     change: impl Fn(&str) -> T,
 ) -> Result<Value> {
     Ok(Value::from(change(&text(&one(arguments, name)?)).into()))
+}
+
+/// The value with its dicts sorted, as `pprint` shows it where it is short.
+fn by_key(value: &Value) -> Result<Value> {
+    if is_dict(value) {
+        let mut pairs = pairs(value);
+        sort(&mut pairs, false, |(key, _)| key.clone())?;
+        let pairs = pairs.into_iter().map(|(key, value)| Ok((key, by_key(&value)?)));
+        return Ok(super::python::dict(pairs.collect::<Result<Vec<_>>>()?));
+    }
+    match value.kind() {
+        ValueKind::Seq if !value.is_tuple() => {
+            Ok(Value::from(items(value)?.iter().map(by_key).collect::<Result<Vec<_>>>()?))
+        }
+        _ => Ok(value.clone()),
+    }
 }
 
 /// `a.b.0` of a value, as `attribute=` of several filters means it.

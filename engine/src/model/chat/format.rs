@@ -11,6 +11,9 @@ use super::python::{
 /// Widest field, and most digits.
 const MOST: usize = 1_000_000;
 
+/// In place of a count of fields, where fields are numbered.
+const BY_NUMBER: usize = usize::MAX;
+
 /// How one value is written.
 #[derive(Clone, Default)]
 struct Spec {
@@ -217,8 +220,17 @@ fn lookup(
     let end = name.find(['.', '[']).unwrap_or(name.len());
     let (first, mut rest) = name.split_at(end);
     let mut value = if first.is_empty() || first.bytes().all(|b| b.is_ascii_digit()) {
-        let index = first.parse().unwrap_or(*automatic);
-        *automatic += usize::from(first.is_empty());
+        let index = match first.parse::<usize>() {
+            Ok(index) if *automatic == 0 || *automatic == BY_NUMBER => {
+                *automatic = BY_NUMBER;
+                index
+            }
+            Err(_) if *automatic != BY_NUMBER => {
+                *automatic += 1;
+                *automatic - 1
+            }
+            _ => return Err(error("cannot switch between manual and automatic field numbering")),
+        };
         positional.get(index).cloned().ok_or_else(|| {
             error(format!("Replacement index {index} out of range for positional args tuple"))
         })?

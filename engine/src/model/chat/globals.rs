@@ -279,8 +279,17 @@ fn operators(environment: &mut Environment<'_>) {
         _ => Err(error("a slice has three parts")),
     });
     add::function(environment, names::ITERATE, move |_, arguments| {
-        let [value, _] = binary(arguments);
-        items(&value).map(Value::from)
+        let [value, many] = binary(arguments);
+        let mut values = items(&value)?;
+        if many.is_true() {
+            // Each is taken apart, which texts and dicts can be too.
+            for value in &mut values {
+                if value.as_str().is_some() || is_dict(value) {
+                    *value = Value::from(items(value)?);
+                }
+            }
+        }
+        Ok(Value::from(values))
     });
     add::function(environment, names::REFUSE, |_, arguments| {
         Err(error(arguments.positional.first().map(text).unwrap_or_default()))

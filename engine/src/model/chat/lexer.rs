@@ -52,6 +52,12 @@ pub(super) fn pieces(template: &str) -> Result<Vec<Piece<'_>>, Refused> {
             at = found + 2 + end + 2;
         } else if let Some(begun) = simple_tag(rest, "raw") {
             let mut inside = found + begun;
+            if !rest[..begun - 2].ends_with(['-', '+']) {
+                // A line end behind this tag stays, unlike behind others; minijinja has to be told.
+                pieces.push(Piece::Verbatim(&template[kept..inside - 2]));
+                pieces.push(Piece::Verbatim("+%}"));
+                kept = inside;
+            }
             at = loop {
                 let next = template[inside..].find("{%").map(|i| inside + i);
                 let next = next.ok_or_else(|| refused("a raw block has no end"))?;

@@ -171,7 +171,8 @@ pub(super) fn is_printable(c: char) -> bool {
         0xad | 0x600..=0x605 | 0x61c | 0x6dd | 0x70f | 0x890 | 0x891 | 0x8e2 | 0x180e
         | 0x200b..=0x200f | 0x202a..=0x202e | 0x2060..=0x206f | 0xfeff | 0xfff9..=0xfffb
         | 0xe000..=0xf8ff | 0xe0000..=0xe0fff | 0xf0000..=0x10ffff | 0xfff0..=0xfff8);
-    c == ' ' || !(c.is_control() || c.is_whitespace() || format)
+    let no_character = c as u32 & 0xfffe == 0xfffe || matches!(c, '\u{fdd0}'..='\u{fdef}');
+    c == ' ' || !(c.is_control() || c.is_whitespace() || format || no_character)
 }
 
 /// The pairs of a dict, in order.
