@@ -15,6 +15,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::args::Output;
+use crate::chat::ChatArgs;
 use crate::ui::Notices;
 use crate::{interrupt, ui};
 
@@ -40,6 +41,8 @@ corpus recipe, short:
   name = \"chat\"
   paths = [\"chat.jsonl\"]
   format = \"messages\"            # or prompt_response, alpaca, edit
+  [chat_args]                    # what the chat template is told
+  enable_thinking = false
 
 Ctrl-C stops it; the same command goes on. The same input gives the same dataset.";
 
@@ -79,6 +82,9 @@ struct BuildArgs {
     /// Leave out what shares 13 words with this evaluation set (JSONL), beside the recipe's
     #[arg(long, value_name = "FILE")]
     against: Vec<PathBuf>,
+
+    #[command(flatten)]
+    chat: ChatArgs,
 
     #[command(flatten)]
     output: Output,
@@ -129,7 +135,10 @@ fn run_build(args: BuildArgs) -> Result<ExitCode> {
         tokenizer.is_some(),
         "name the tokenizer (a model, or a folder from demask tokenizer train) with --tokenizer or in the recipe"
     );
-    let vocabulary = Vocabulary::open(&tokenizer.unwrap_or_default())?;
+    let mut vocabulary = Vocabulary::open(&tokenizer.unwrap_or_default())?;
+    let mut told = recipe.chat_args.clone();
+    told.extend(args.chat.variables());
+    vocabulary.tell(&told)?;
     let began = Instant::now();
     let bar = Bar::new(notices);
     let hear = |progress: Progress| {

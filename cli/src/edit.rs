@@ -14,7 +14,7 @@ use demask_trainer::data::read::edit_request;
 use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs};
-use crate::chat::user_message;
+use crate::chat::{ChatArgs, user_message};
 use crate::decoding::{DecodingArgs, mode_name, pass_rows};
 use crate::patch::{ApplyArgs, Lines};
 use crate::show::Stream;
@@ -59,6 +59,9 @@ pub struct Args {
     below: Option<f32>,
 
     #[command(flatten)]
+    chat: ChatArgs,
+
+    #[command(flatten)]
     apply: ApplyArgs,
 
     #[command(flatten)]
@@ -100,7 +103,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let path = args.model.model.display();
     let tokenizer = Tokenizer::for_model(&args.model.model, &model.config)?;
     let draft = args.apply.open(&args.file)?;
-    let prompt = user_message(&tokenizer, &edit_request(&draft.text, &args.instruction))
+    let prompt = user_message(&tokenizer, &edit_request(&draft.text, &args.instruction), &args.chat)
         .with_context(|| path.to_string())?;
     let options = args.decoding.options("edit", &model.config, prompt.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;

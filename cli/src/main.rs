@@ -25,6 +25,7 @@ mod score;
 mod show;
 mod sources;
 mod steps;
+mod template;
 mod tokenizer;
 mod train;
 mod tune;
@@ -42,6 +43,7 @@ First steps:
   demask infill main.py --at 12:5 --model DIR
   demask edit main.py --instruction 'add type hints' --model DIR
   demask score --model DIR --file main.py
+  demask template --model DIR --messages chat.json
   demask data build src/ --tokenizer MODEL --out data
   demask train recipe.toml --out runs/first
   demask report runs/first
@@ -77,6 +79,7 @@ enum Command {
     Infill(infill::Args),
     Edit(edit::Args),
     Score(score::Args),
+    Template(template::Args),
     Bench(bench::Args),
 }
 
@@ -108,6 +111,7 @@ fn main() -> ExitCode {
         Command::Infill(args) => infill::run(args),
         Command::Edit(args) => edit::run(args),
         Command::Score(args) => score::run(args),
+        Command::Template(args) => template::run(args),
         Command::Bench(args) => bench::run(args),
     };
     match result {

@@ -6,10 +6,9 @@
 Every line of chat/constructs.txt and every file of chat/templates is rendered by
 `apply_chat_template(tokenize=False)` with the conversations and variables below; a case that
 raises has `null` for a text and the first words of the error. `generation` has the spans, in
-characters, that a template encloses by {% generation %}. `dates` are Python's strftime.
+characters, that a template encloses by {% generation %}.
 Made with transformers 5.24.0, Jinja2 3.1.6.
 """
-import datetime
 import json
 import os
 
@@ -69,9 +68,7 @@ RUNS = [
     ("several", {"enable_thinking": True, "tools_in_user_message": False, "tools": TOOLS[:1]}),
     ("finished", {"continue_final_message": True, "add_generation_prompt": False}),
 ]
-DATES = ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y", "%A %a %H:%M:%S %I %p", "%j %y %U %W %w %u %V %G", "%-d/%-m/%y %-H",
-         "%c|%x|%X", "%D %F %T %R", "%e|%k|%l|%C|%h", "%%|%n|%t|%f|%Z|%z|", "100%", "%Q %q", "%^a %^B", "%_d %_H"]
-TIMES = [(2026, 7, 5, 3, 4, 9, 1234), (1999, 12, 31, 23, 59, 59, 0)]
+
 
 
 def tokenizer():
@@ -108,15 +105,14 @@ def main():
     templates = []
     for name in sorted(os.listdir(os.path.join(HERE, "templates"))):
         template = open(os.path.join(HERE, "templates", name), encoding="utf-8", newline="").read()
-        for conversation, variables in RUNS:
-            templates.append({"template": name, "conversation": conversation, "variables": variables,
-                              **case(tok, template, conversation, variables)})
-    dates = [{"time": time, "format": f, "expected": datetime.datetime(*time).strftime(f)}
-             for time in TIMES for f in DATES]
-    golden = {"conversations": CONVERSATIONS, "variables": VARIABLES, "constructs": cases, "templates": templates,
-              "dates": dates}
-    # Surrogates cannot be written and no object's address is a golden.
-    text = json.dumps(golden, ensure_ascii=False, indent=1)
+        for run, (conversation, variables) in enumerate(RUNS):
+            templates.append({"template": name, "run": run, **case(tok, template, conversation, variables)})
+    rows = [json.dumps(row, ensure_ascii=False) for row in cases]
+    more = [json.dumps(row, ensure_ascii=False) for row in templates]
+    head = {"conversations": CONVERSATIONS, "variables": VARIABLES, "runs": RUNS}
+    text = json.dumps(head, ensure_ascii=False)[:-1] + ',\n"constructs": [\n' + ",\n".join(rows)
+    text += '\n],\n"templates": [\n' + ",\n".join(more) + "\n]}"
+    # No object's address is a golden.
     assert " object at 0x" not in text, text[text.index(" object at 0x") - 200:][:300]
     with open(os.path.join(HERE, "golden.json"), "w", encoding="utf-8") as out:
         out.write(text + "\n")

@@ -7,6 +7,7 @@ use std::ops::Range;
 use chrono::NaiveDateTime;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior, escape_formatter};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
@@ -138,19 +139,29 @@ impl ChatTemplate {
         self.marks_generation
     }
 
+    /// The text of a conversation: each message serialises as an object with a role and, as a rule, a content. With
+    /// `open`, the assistant's next turn is begun.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_with`].
+    pub fn render<T: Serialize>(&self, messages: &[T], open: bool) -> Result<String> {
+        let json = serde_json::to_value(messages).map_err(|e| Error::Request(e.to_string()))?;
+        self.render_with(json.as_array().map_or(&[], Vec::as_slice), &ChatOptions::new(open))
+    }
+
     /// The text of a conversation: objects with a role and, as a rule, a content.
     ///
     /// # Errors
     /// If the template refuses the conversation (roles that do not alternate, say), in its own words; if there is no
     /// message; if the last message cannot be continued.
-    pub fn render(&self, messages: &[Value], options: &ChatOptions) -> Result<String> {
+    pub fn render_with(&self, messages: &[Value], options: &ChatOptions) -> Result<String> {
         self.rendered(messages, options, false)
     }
 
     /// The same, and where in it, in bytes, the template says that the assistant writes.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render`]; also if the template computes with what it encloses by `{% generation %}`, so that
+    /// As [`ChatTemplate::render_with`]; also if the template computes with what it encloses by `{% generation %}`, so that
     /// its place in the text is unknown.
     pub fn render_marked(
         &self,

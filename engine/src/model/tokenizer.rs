@@ -1,6 +1,6 @@
 //! Text to token ids and back, around the `tokenizers` crate: `tokenizer.json` of a Hugging Face
-//! folder, or the metadata of a GGUF file (`tokenizer/from_gguf.rs`). Not here: chat templates,
-//! which are only handed out.
+//! folder, or the metadata of a GGUF file (`tokenizer/from_gguf.rs`). Not here: which chat template
+//! is taken (`tokenizer/templates.rs`), and what it prints (`chat.rs`).
 //!
 //! Supported are the two kinds that Llama models use: byte-level BPE, and SentencePiece BPE with
 //! byte fallback. In both every token stands for fixed bytes, so decoding is joining bytes, and a
@@ -11,7 +11,6 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use super::chat::{CHATML, ChatTemplate};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
 use super::gguf::write::Meta;
@@ -23,16 +22,17 @@ mod check;
 mod fim;
 mod from_gguf;
 mod settings;
+mod templates;
 mod to_gguf;
 
 use bytes::Scheme;
 pub use fim::{FIM_NAMES, Fim, FimOrder};
-use settings::{add_ends, default_settings, ends_to_add, template_of};
+use settings::{add_ends, default_settings, ends_to_add};
 
 /// Largest `tokenizer.json` in bytes; Llama 3's has 17 MB. Parsing takes up to 40 times the file's
 /// size.
 const MAX_TOKENIZER_BYTES: u64 = 32 << 20;
-/// Largest `tokenizer_config.json` or `chat_template.jinja` in bytes.
+/// Largest `tokenizer_config.json` or chat template in bytes.
 const MAX_SETTINGS_BYTES: u64 = 8 << 20;
 /// Names that models give to the token of a masked position; the first is Stable-DiffCoder's.
 const MASK_NAMES: [&str; 4] = ["<[MASK_TOKEN]>", "<mask>", "[MASK]", "<|mask|>"];
@@ -47,7 +47,8 @@ pub struct Tokenizer {
     /// Whether encoding prepended a space to the text, which decoding takes away.
     strip_space: bool,
     mask_token_id: Option<u32>,
-    chat_template: Option<String>,
+    /// By name; the one that is taken, unless another is asked for, is called `default`.
+    chat_templates: Vec<(String, String)>,
     /// Contents of `tokenizer_config.json`.
     settings: Value,
 }
@@ -73,7 +74,7 @@ impl Tokenizer {
     }
 
     /// The tokenizer in `dir/tokenizer.json`, with `tokenizer_config.json` and
-    /// `chat_template.jinja` where present.
+    /// `chat_template.jinja` and `additional_chat_templates/` where present.
     pub fn from_folder(dir: &Path, config: &LlamaConfig) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = read_capped(&path, MAX_TOKENIZER_BYTES)?;
@@ -97,11 +98,8 @@ impl Tokenizer {
         if !settings.is_object() {
             return Err(Error::model(&settings_path, "the top level is not an object"));
         }
-        let template_path = dir.join("chat_template.jinja");
-        if template_path.exists() {
-            let text = String::from_utf8(read_capped(&template_path, MAX_SETTINGS_BYTES)?)
-                .map_err(|_| Error::model(&template_path, "not UTF-8"))?;
-            settings["chat_template"] = Value::String(text);
+        if let Some(templates) = templates::in_files(dir)? {
+            settings["chat_template"] = templates;
         }
         if inner.get_post_processor().is_none() {
             let (bos, eos) = ends_to_add(&settings, config, &inner);
@@ -179,12 +177,12 @@ impl Tokenizer {
             }
         }
         let named_mask = MASK_NAMES.iter().find_map(|name| inner.token_to_id(name));
-        let chat_template = template_of(&settings);
+        let chat_templates = templates::in_settings(&settings);
         Ok(Self {
             pieces,
             strip_space: scheme.strip_space,
             mask_token_id: config.mask_token_id.or(named_mask),
-            chat_template,
+            chat_templates,
             settings,
             plain: OnceLock::new(),
             inner,
@@ -264,18 +262,6 @@ impl Tokenizer {
     /// it.
     pub fn mask_token_id(&self) -> Option<u32> {
         self.mask_token_id
-    }
-
-    /// The model's Jinja chat template, as written.
-    pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
-    }
-
-    /// The compiled chat template: the tokenizer's own, else ChatML if it has ChatML's tokens, else `None`.
-    pub fn chat(&self) -> Result<Option<ChatTemplate>> {
-        let chatml = ["<|im_start|>", "<|im_end|>"].iter().all(|t| self.token_id(t).is_some());
-        let template = self.chat_template().or(chatml.then_some(CHATML));
-        template.map(|template| ChatTemplate::new(template, &self.settings)).transpose()
     }
 
     /// The text of a `tokenizer.json`.

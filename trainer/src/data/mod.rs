@@ -1,5 +1,5 @@
 //! From files to token shards: `recipe` says what, `read` opens it, `filter` and `contamination` leave out, `sample`
-//! turns documents into tokens, `build` does it all in parallel and can be interrupted, `shards` is what lies on disk.
+//! turns documents into tokens, `turns` finds what of a conversation the assistant wrote, `build` does it all in parallel and can be interrupted, `shards` is what lies on disk.
 //! Sequences for training are made of shards by [`crate::pack`].
 
 pub mod build;
@@ -9,6 +9,7 @@ pub mod read;
 pub mod recipe;
 pub mod sample;
 pub mod shards;
+pub mod turns;
 
 /// One document of a corpus.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::filter::Filter;
 
@@ -30,6 +31,9 @@ pub struct CorpusRecipe {
     /// Evaluation sets that no document may share text with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decontaminate: Option<Decontaminate>,
+    /// What the chat template of conversations is told, by name.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub chat_args: Map<String, Value>,
     /// Where text comes from, in order; of equal documents the first one is kept.
     pub source: Vec<SourceRecipe>,
 }
@@ -139,6 +143,7 @@ impl CorpusRecipe {
             held_out: default_held_out(),
             fim_rate: 0.0,
             filter: Filter::default(),
+            chat_args: Map::new(),
             decontaminate: None,
             source: vec![source],
         }

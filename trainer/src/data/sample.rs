@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use demask_engine::model::tokenizer::{FIM_NAMES, Fim, FimOrder};
-use demask_engine::model::{ChatTemplate, LlamaConfig, Tokenizer, Weights};
+use demask_engine::model::{ChatOptions, ChatTemplate, LlamaConfig, Tokenizer, Weights};
 use demask_engine::philox::Philox;
+use serde_json::{Map, Value};
 
-use super::{Content, Document, Turn, fnv1a};
+use super::{Content, Document, Turn, fnv1a, turns};
 use crate::bpe;
 
 /// Set on a token that is read but neither masked nor predicted: a prompt's. Ids stay below 2^24.
@@ -23,6 +24,8 @@ pub struct Vocabulary {
     /// For conversations: the template's special tokens count.
     chat: tokenizers::Tokenizer,
     template: Option<ChatTemplate>,
+    /// What the template is told of every conversation.
+    told: ChatOptions,
     special: Vec<String>,
     fim: Option<Fim>,
     /// What ends a document.
@@ -36,15 +39,13 @@ pub struct Vocabulary {
 impl Vocabulary {
     /// Opens a folder with a `tokenizer.json`, with or without a model beside it, or a GGUF file or its folder.
     pub fn open(path: &Path) -> Result<Vocabulary> {
-        let bare = path.join("tokenizer.json").exists() && !path.join("config.json").exists();
-        let (config, tokenizer) = if bare {
-            let config = bare_config(path)?;
-            let tokenizer = Tokenizer::from_folder(path, &config)?;
-            (config, tokenizer)
-        } else {
-            let (config, _) = Weights::open(path)?;
-            let tokenizer = Tokenizer::for_model(path, &config)?;
-            (config, tokenizer)
+        let (config, tokenizer) = match bare(path)? {
+            Some(both) => both,
+            None => {
+                let (config, _) = Weights::open(path)?;
+                let tokenizer = Tokenizer::for_model(path, &config)?;
+                (config, tokenizer)
+            }
         };
         let eos = config.eos_token_ids.first().copied().with_context(|| {
             format!("{}: no token is known to end a text (eos_token)", path.display())
@@ -63,6 +64,7 @@ impl Vocabulary {
             text: bpe::for_corpus(&json)?,
             chat,
             template: tokenizer.chat()?,
+            told: ChatOptions::default(),
             special,
             fim: tokenizer.fim(),
             eos,
@@ -71,9 +73,23 @@ impl Vocabulary {
         })
     }
 
-    /// What identifies the tokenizer: a hash of its files.
+    /// Tells the chat template of every conversation these values, by name, as `enable_thinking`.
+    ///
+    /// # Errors
+    /// If a value is of a type that its name does not take.
+    pub fn tell(&mut self, variables: &Map<String, Value>) -> Result<()> {
+        self.told = turns::options(variables)?;
+        Ok(())
+    }
+
+    /// What identifies the tokenizer: a hash of its files, and of what its chat template is told.
     pub fn fingerprint(&self) -> u64 {
-        fnv1a(self.files.iter().flat_map(|(_, contents)| contents.iter().copied()))
+        let told = match self.told == ChatOptions::default() {
+            true => String::new(),
+            false => format!("{:?}", self.told),
+        };
+        let files = self.files.iter().flat_map(|(_, contents)| contents.iter().copied());
+        fnv1a(files.chain(told.into_bytes()))
     }
 
     /// The text of ids, special tokens too.
@@ -139,23 +155,32 @@ impl Vocabulary {
     /// an answer are those of the prompt that asks for it.
     fn conversation(&self, turns: &[Turn]) -> Result<Vec<u32>> {
         let template = self.template.as_ref().context("the tokenizer has no chat template")?;
-        let (mut ids, mut done) = (Vec::new(), String::new());
-        let after = |whole: String, done: &str| match whole.strip_prefix(done) {
-            Some(rest) => Ok((rest.to_owned(), whole)),
-            None => {
-                Err(anyhow!("the chat template changes earlier turns when a later one follows"))
-            }
-        };
-        for (i, _) in turns.iter().enumerate().filter(|(_, t)| t.role == "assistant") {
-            let (given, whole) = after(template.render(&turns[..i], true)?, &done)?;
-            done = whole;
-            let (learnt, whole) = after(template.render(&turns[..=i], false)?, &done)?;
-            done = whole;
-            ids.extend(bpe::encode(&self.chat, &given)?.into_iter().map(|id| id | GIVEN));
-            ids.extend(bpe::encode(&self.chat, &learnt)?);
+        let messages = serde_json::to_value(turns)?;
+        let messages = messages.as_array().map_or(&[], Vec::as_slice);
+        let mut ids = Vec::new();
+        for part in turns::parts(template, messages, 0, &self.told)? {
+            let mark = if part.learnt { 0 } else { GIVEN };
+            ids.extend(bpe::encode(&self.chat, &part.text)?.into_iter().map(|id| id | mark));
         }
         Ok(ids)
     }
+}
+
+/// The tokenizer of a folder that holds no model; `None` of any other.
+///
+/// # Errors
+/// If its files are wrong.
+pub fn bare_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
+    Ok(bare(folder)?.map(|(_, tokenizer)| tokenizer))
+}
+
+fn bare(folder: &Path) -> Result<Option<(LlamaConfig, Tokenizer)>> {
+    if !folder.join("tokenizer.json").exists() || folder.join("config.json").exists() {
+        return Ok(None);
+    }
+    let config = bare_config(folder)?;
+    let tokenizer = Tokenizer::from_folder(folder, &config)?;
+    Ok(Some((config, tokenizer)))
 }
 
 /// The configuration that a tokenizer without a model stands for.

@@ -1,4 +1,4 @@
-//! `tokenizer_config.json`: begin and end tokens, and the chat template.
+//! `tokenizer_config.json`: begin and end tokens.
 //! Not here: `tokenizer.json` itself (`check.rs`).
 
 use std::path::Path;
@@ -88,13 +88,4 @@ pub(super) fn add_ends(
         .map_err(|e| Error::model(path, format!("begin and end tokens cannot be added: {e}")))?;
     inner.with_post_processor(Some(processor));
     Ok(())
-}
-
-/// `chat_template` of `tokenizer_config.json`: a text, or a list of named ones of which `default`
-/// counts.
-pub(super) fn template_of(settings: &Value) -> Option<String> {
-    let template = &settings["chat_template"];
-    let named = template.as_array().into_iter().flatten();
-    let default = named.clone().find(|t| t["name"] == "default").or(named.clone().next());
-    template.as_str().or_else(|| default?["template"].as_str()).map(str::to_owned)
 }
