@@ -12,14 +12,14 @@ pub fn user_message(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     )?;
     let render =
         |content: &str| chat.render(&[json!({ "role": "user", "content": content })], true);
-    let ids = tokenizer.encode(&render(text)?, false)?;
+    let ids = tokenizer.encode_chat(&render(text)?)?;
     let specials = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
     // Not in any text, and no template takes it apart.
     const HERE: &str = "\u{F8FE}here\u{F8FE}";
     let frame = render(HERE)?;
     let (before, behind) =
         frame.split_once(HERE).context("the chat template leaves out what the user says")?;
-    let [before, behind] = [tokenizer.encode(before, false)?, tokenizer.encode(behind, false)?];
+    let [before, behind] = [tokenizer.encode_chat(before)?, tokenizer.encode(behind, false)?];
     if specials(&ids) == specials(&before) + specials(&behind) {
         return Ok(ids);
     }
