@@ -26,6 +26,7 @@ mod score;
 mod show;
 mod sources;
 mod steps;
+mod template;
 mod tokenizer;
 mod train;
 mod tune;
@@ -44,6 +45,7 @@ First steps:
   demask infill main.py --at 12:5 --model DIR
   demask edit main.py --instruction 'add type hints' --model DIR
   demask score --model DIR --file main.py
+  demask template --model DIR --messages chat.json
   demask data build src/ --tokenizer MODEL --out data
   demask train recipe.toml --out runs/first
   demask report runs/first
@@ -85,6 +87,7 @@ enum Command {
     Infill(infill::Args),
     Edit(edit::Args),
     Score(score::Args),
+    Template(template::Args),
     Bench(bench::Args),
     Completions(manual::CompletionsArgs),
     Man(manual::ManArgs),
@@ -118,6 +121,7 @@ fn main() -> ExitCode {
         Command::Infill(args) => infill::run(args),
         Command::Edit(args) => edit::run(args),
         Command::Score(args) => score::run(args),
+        Command::Template(args) => template::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Completions(args) => manual::completions(Cli::command(), args),
         Command::Man(args) => manual::man(Cli::command(), args),

@@ -15,7 +15,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use cache::KvCache;
-pub use chat::{CHATML, ChatTemplate};
+pub use chat::{CHATML, ChatOptions, ChatTemplate};
 pub use config::{DiffusionAttention, LlamaConfig, LongRope, RopeScaling, Yarn};
 pub use llama::{Inputs, Llama};
 pub use lora::Lora;
