@@ -18,6 +18,6 @@ pub use chat::{CHATML, ChatTemplate};
 pub use config::{DiffusionAttention, LlamaConfig, RopeScaling};
 pub use llama::{Inputs, Llama};
 pub use lora::Lora;
-pub use parameter::{Parameter, Precision};
+pub use parameter::{Parameter, Precision, conversions};
 pub use tokenizer::Tokenizer;
-pub use weights::{StoredType, Weights};
+pub use weights::{Fidelity, StoredType, Weights};

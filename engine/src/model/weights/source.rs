@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
+use crate::model::gguf::split::first_part;
 use crate::{Error, Result};
 
 /// A model on disk.
@@ -14,7 +15,7 @@ use crate::{Error, Result};
 pub(crate) enum Source {
     /// A folder with `config.json` and safetensors.
     Folder(PathBuf),
-    /// One `.gguf` file.
+    /// One `.gguf` file, or a part of a split one.
     Gguf(PathBuf),
 }
 
@@ -36,8 +37,10 @@ pub(crate) fn locate(path: &Path) -> Result<Source> {
     let mut found = None;
     for entry in std::fs::read_dir(path).map_err(|e| Error::io(path, e))? {
         let file = entry.map_err(|e| Error::io(path, e))?.path();
+        // The parts of a split model are one.
+        let file = first_part(&file);
         if file.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
-            && found.replace(file).is_some()
+            && found.replace(file.clone()).is_some_and(|other| other != file)
         {
             return Err(Error::model(
                 path,
