@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use demask_engine::gpu::{ADAPTER_ENV, Gpu, GpuOptions};
-use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, StoredType, Weights};
+use demask_engine::model::{Llama, LlamaConfig, Lora, Precision, StoredType, Weights, conversions};
 use demask_engine::tensor::DType;
 use serde_json::json;
 
@@ -169,8 +169,12 @@ impl ModelArgs {
 }
 
 impl Opened {
-    /// Uploads it.
-    pub fn load(&self, gpu: &Gpu) -> Result<Llama> {
+    /// Uploads it, and says what of it becomes another type.
+    pub fn load(&self, gpu: &Gpu, notices: Notices) -> Result<Llama> {
+        let converted = conversions(&self.config, &self.weights);
+        if let Some(line) = converted.filter(|_| self.precision == Precision::Stored) {
+            notices.say(&format!("{}: {line}", self.weights.path().display()));
+        }
         let base = Llama::from_weights(gpu, &self.config, &self.weights, self.precision)
             .with_context(|| format!("loading {}", self.weights.path().display()))?
             .cached_in(self.cache);
@@ -193,7 +197,7 @@ pub enum CacheArg {
 /// [`Precision`] by name.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum PrecisionArg {
-    /// As in the file; GGUF's Q8_0, Q4_0 and Q4_1 stay 8 and 4 bits
+    /// As in the file; GGUF's blocks in 8 or 4 bits, whichever is nearest
     Stored,
     /// 4 bytes a weight
     F32,

@@ -96,7 +96,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         args.common.notices().say(&warning);
     }
     let gpu = args.common.open_gpu_for(&args.model)?;
-    let llama = model.load(&gpu)?;
+    let llama = model.load(&gpu, args.common.notices())?;
 
     let rows = [1, pass_rows(&options), ids.len().clamp(1, 512)];
     let products = tune::products(&llama, &rows, false);

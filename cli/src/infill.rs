@@ -154,7 +154,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         );
     }
     let gpu = args.common.open_gpu_for(&args.model)?;
-    let llama = model.load(&gpu)?;
+    let llama = model.load(&gpu, args.common.notices())?;
     let options = args.decoding.options("infill", &model.config, 0)?;
     let products = tune::products(&llama, &[1, pass_rows(&options), 512], false);
     args.tune.recall(&gpu, &products, args.common.notices())?;

@@ -101,7 +101,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }
     };
     let gpu = args.common.open_gpu_for(&args.model)?;
-    let llama = model.load(&gpu)?;
+    let llama = model.load(&gpu, args.common.notices())?;
     let mode = args.mode.mode(config)?;
     let window = args.window.unwrap_or(ids.len()).max(1);
     if let Some(reference) = &args.reference {

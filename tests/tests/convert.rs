@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use demask_engine::Error;
-use demask_engine::model::merge::convert;
+use demask_engine::model::merge::{ConvertOptions, convert};
 use demask_engine::model::save::{SaveTensor, Sink, save_model};
 use demask_engine::model::{
     DiffusionAttention, LlamaConfig, RopeScaling, StoredType, Tokenizer, Weights,
@@ -227,6 +227,69 @@ fn a_converted_file_is_converted_again_to_the_same_numbers() {
     }
 }
 
+/// FNV-1a.
+fn hash(bytes: &[u8], start: u64) -> u64 {
+    bytes.iter().fold(start, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// How a type is rounded is part of what a file is: the same model gives the same weights from version to version, with
+/// any number of threads.
+#[test]
+fn the_bytes_of_weights_stay_what_they_were() {
+    let (source, config) = source();
+    let dir = tempfile::tempdir().unwrap();
+    for (dtype, want) in [
+        (StoredType::F16, 0),
+        (StoredType::BF16, 0),
+        (StoredType::Q8_0, 0),
+        (StoredType::Q6_K, 0),
+        (StoredType::Q4_1, 0),
+        (StoredType::Q4_K, 0),
+        (StoredType::Q4_0, 0u64),
+    ] {
+        let out = written(source.path(), dir.path(), dtype);
+        let (_, weights) = Weights::open(&out).unwrap();
+        let got =
+            config.parameters().into_iter().fold(0xcbf2_9ce4_8422_2325, |h, (name, shape)| {
+                hash(&weights.rows_stored(&name, 0..shape[0]).unwrap(), h)
+            });
+        assert_eq!(got, want, "{dtype:?}");
+    }
+}
+
+/// A folder whose tokenizer has tokens with flags that GGUF has no place for.
+fn flagged() -> (TempDir, [String; 2]) {
+    let (source, _) = source();
+    let path = source.path().join("tokenizer.json");
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    let want = [
+        format!("{} has lstrip and rstrip", added[0]["content"]),
+        format!("{} has single_word", added[1]["content"]),
+    ];
+    (added[0]["lstrip"], added[0]["rstrip"]) = (true.into(), true.into());
+    added[1]["single_word"] = true.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+    (source, want)
+}
+
+#[test]
+fn flags_that_gguf_cannot_hold_are_refused_or_named() {
+    let (source, want) = flagged();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("a.gguf");
+    let error = convert(source.path(), &out, StoredType::F16, &mut |_| {}).unwrap_err().to_string();
+    let named = want.iter().all(|token| error.contains(token));
+    assert!(named && error.contains("--lossy-tokenizer"), "{error}");
+    assert!(!out.exists());
+    let options = ConvertOptions { dtype: StoredType::F16, lossy_tokenizer: true };
+    assert_eq!(convert(source.path(), &out, options, &mut |_| {}).unwrap(), want);
+    let folder = dir.path().join("folder");
+    let lost = convert(source.path(), &folder, StoredType::F32, &mut |_| {}).unwrap();
+    assert!(lost.is_empty(), "a folder holds everything");
+}
+
 #[test]
 fn what_cannot_be_written_is_refused_and_nothing_is_left() {
     let (source, _) = source();
@@ -241,6 +304,7 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
     refused(source.path(), "folder", StoredType::Q8_0, "gguf");
     // Rows of 704 are no whole blocks of 256.
     refused(&small, "small.gguf", StoredType::Q4_K, "rows of 704");
+    refused(source.path(), "five.gguf", StoredType::Q5_K, "only read");
     refused(source.path(), "no/such/folder/a.gguf", StoredType::F16, "no/such/folder");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
 }

@@ -102,7 +102,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         "--depths: the model has a context of {room} tokens; name fewer tokens than that"
     );
     let gpu = args.common.open_gpu_for(&args.model)?;
-    let llama = model.load(&gpu)?;
+    let llama = model.load(&gpu, notices)?;
     let rows = [1, block, 2 * block, prompt.len().clamp(1, 512)];
     args.tune.prepare(&gpu, &tune::products(&llama, &rows, false), notices)?;
     let mut limits = measure::limits(&gpu)?;

@@ -13,6 +13,7 @@ use crate::{Error, Result};
 mod cursor;
 pub(crate) mod ends;
 pub(crate) mod llama;
+pub(crate) mod split;
 pub(crate) mod write;
 
 use cursor::{Cursor, KIND_STRING, Value};
@@ -22,9 +23,11 @@ const MAX_ENTRIES: u64 = 1 << 16;
 /// Largest `general.alignment`.
 const MAX_ALIGNMENT: u64 = 1 << 20;
 
-/// The directory of one GGUF file; borrows the file's bytes.
+/// The directory of one GGUF file, or of all parts of a split one; borrows the files' bytes.
 pub struct Gguf<'a> {
+    /// Of the first file, which has the metadata.
     path: &'a Path,
+    bytes: Vec<&'a [u8]>,
     metadata: BTreeMap<&'a str, Value<'a>>,
     tensors: Vec<GgufTensor<'a>>,
 }
@@ -37,6 +40,8 @@ pub struct GgufTensor<'a> {
     pub shape: Vec<usize>,
     /// Type of the elements.
     pub dtype: StoredType,
+    /// Which of the files holds it, from 0.
+    pub file: usize,
     /// Start of the data from the start of the file, in bytes.
     pub start: usize,
     /// Length of the data in bytes; `start + length` lies inside the file.
@@ -78,7 +83,7 @@ impl<'a> Gguf<'a> {
                 return Err(cursor.error(format!("metadata key {key:?} is given twice")));
             }
         }
-        let mut gguf = Self { path, metadata, tensors: vec![] };
+        let mut gguf = Self { path, bytes: vec![bytes], metadata, tensors: vec![] };
         for _ in 0..n_tensors {
             gguf.tensors.push(cursor.tensor()?);
         }
@@ -136,6 +141,11 @@ impl<'a> Gguf<'a> {
     /// Every tensor, in the order of the file's directory.
     pub fn tensors(&self) -> &[GgufTensor<'a>] {
         &self.tensors
+    }
+
+    /// The bytes of a tensor.
+    pub fn data(&self, tensor: &GgufTensor) -> &'a [u8] {
+        &self.bytes[tensor.file][tensor.start..tensor.start + tensor.length]
     }
 
     /// A text value; an error where the key holds another type.

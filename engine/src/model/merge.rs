@@ -106,14 +106,44 @@ pub fn average(models: &[PathBuf], out: &Path, dtype: StoredType, hear: Hear<'_>
     write(out, config, dtype, &files, hear, rows)
 }
 
-/// Writes a model anew, its matrices as `dtype`: to a GGUF file if `out` ends so, else to a Hugging Face folder, which
-/// holds floats.
-pub fn convert(model: &Path, out: &Path, dtype: StoredType, hear: Hear<'_>) -> Result<()> {
+/// What [`convert`] writes.
+pub struct ConvertOptions {
+    /// Type of the matrices.
+    pub dtype: StoredType,
+    /// Leave away what a GGUF file has no place for of a tokenizer, instead of refusing.
+    pub lossy_tokenizer: bool,
+}
+
+impl From<StoredType> for ConvertOptions {
+    fn from(dtype: StoredType) -> Self {
+        Self { dtype, lossy_tokenizer: false }
+    }
+}
+
+/// Writes a model anew: to a GGUF file if `out` ends so, else to a Hugging Face folder, which holds floats. Returns what
+/// was lost of the tokenizer, a line for each token.
+pub fn convert(
+    model: &Path,
+    out: &Path,
+    options: impl Into<ConvertOptions>,
+    hear: Hear<'_>,
+) -> Result<Vec<String>> {
+    let ConvertOptions { dtype, lossy_tokenizer } = options.into();
     if out.extension().is_some_and(|extension| extension == "gguf") {
         let (config, weights) = Weights::open(model)?;
         let tokenizer = Tokenizer::for_model(model, &config)?;
+        let lost = tokenizer.lost_in_gguf()?;
+        if !lost.is_empty() && !lossy_tokenizer {
+            let reason = format!(
+                "a GGUF file has no place for flags of added tokens, and would split other text: {}; \
+                 --lossy-tokenizer writes it without them",
+                lost.join(", ")
+            );
+            return Err(Error::model(out, reason));
+        }
         let tokenizer = tokenizer.to_gguf(out, &config)?;
-        return write_gguf(out, &config, &weights, tokenizer, dtype, hear);
+        write_gguf(out, &config, &weights, tokenizer, dtype, hear)?;
+        return Ok(lost);
     }
     if !dtype.is_float() {
         let reason = format!(
@@ -121,7 +151,8 @@ pub fn convert(model: &Path, out: &Path, dtype: StoredType, hear: Hear<'_>) -> R
         );
         return Err(Error::model(out, reason));
     }
-    average(&[model.to_owned()], out, dtype, hear)
+    average(&[model.to_owned()], out, dtype, hear)?;
+    Ok(Vec::new())
 }
 
 /// The type a model is written in where nobody says: its own, or bf16 for one of quantised blocks.

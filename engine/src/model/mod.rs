@@ -19,6 +19,6 @@ pub use chat::{CHATML, ChatOptions, ChatTemplate};
 pub use config::{DiffusionAttention, LlamaConfig, LongRope, RopeScaling, Yarn};
 pub use llama::{Inputs, Llama};
 pub use lora::Lora;
-pub use parameter::{Parameter, Precision};
+pub use parameter::{Parameter, Precision, conversions};
 pub use tokenizer::Tokenizer;
-pub use weights::{StoredType, Weights};
+pub use weights::{Fidelity, StoredType, Weights};

@@ -1,13 +1,14 @@
 //! One named weight in device memory: as what it rests there, where its values come from, and which ones lie one behind
 //! the other so that a product can use them at once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::config::LlamaConfig;
 use super::weights::quant::repack;
-use super::weights::{StoredType, Weights};
+use super::weights::{Fidelity, StoredType, Weights};
 use crate::gpu::Gpu;
 use crate::philox::Philox;
 use crate::tensor::stored::{decode, encode};
@@ -18,9 +19,8 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// As the file has them: floats unchanged, blocks of Q8_0 as [`DType::Q8`], of Q4_0 and Q4_1 as
-    /// [`DType::Q4`], all exactly; of Q4_K as `Q4`, whose scales are products rounded to f16 then, and of Q6_K as `Q8`,
-    /// rounded anew.
+    /// As the file has them: floats unchanged, blocks as the type that [`StoredType::held_as`] names, exactly where
+    /// that type holds them; [`conversions`] says what is not.
     Stored,
     /// f32, as training needs.
     F32,
@@ -123,6 +123,27 @@ pub(super) trait Source {
 pub(super) struct Stored<'a> {
     pub weights: &'a Weights,
     pub precision: Precision,
+}
+
+/// What becomes of a model's matrices in device memory at [`Precision::Stored`] whose types no kernel reads as they are,
+/// in one line for people: how many of which type rest as which, and how closely; `None` where there are none.
+pub fn conversions(config: &LlamaConfig, weights: &Weights) -> Option<String> {
+    let mut counts = BTreeMap::new();
+    for (name, _) in config.parameters().iter().filter(|(_, shape)| shape.len() == 2) {
+        *counts.entry(weights.dtype(name)).or_insert(0) += 1;
+    }
+    let parts = counts.into_iter().filter_map(|(dtype, n)| {
+        let (held, fidelity) = dtype.held_as();
+        let how = match fidelity {
+            Fidelity::Same => return None,
+            Fidelity::Exact => "exactly",
+            Fidelity::ScalesRounded => "scales rounded to f16",
+            Fidelity::Rounded => "rounded",
+        };
+        Some(format!("{n} of {dtype:?} as {held:?} ({how})"))
+    });
+    let parts = parts.collect::<Vec<_>>().join(", ");
+    (!parts.is_empty()).then(|| format!("matrices are held in the nearest type: {parts}"))
 }
 
 /// Random weights.
@@ -233,15 +254,12 @@ pub(super) fn joined<const N: usize>(
 
 impl Source for Stored<'_> {
     fn dtype(&self, name: &str, shape: &[usize]) -> Result<DType> {
-        let dtype = match (shape.len(), self.precision, self.weights.dtype(name)) {
-            (2, Precision::Bf16, _) | (2, Precision::Stored, StoredType::BF16) => DType::Bf16,
-            (2, Precision::F16, _) | (2, Precision::Stored, StoredType::F16) => DType::F16,
-            (2, Precision::Q8, _) => DType::Q8,
-            (2, Precision::Stored, StoredType::Q8_0 | StoredType::Q6_K) => DType::Q8,
-            (2, Precision::Q4, _) => DType::Q4,
-            (2, Precision::Stored, StoredType::Q4_0 | StoredType::Q4_1 | StoredType::Q4_K) => {
-                DType::Q4
-            }
+        let dtype = match (shape.len(), self.precision) {
+            (2, Precision::Stored) => self.weights.dtype(name).held_as().0,
+            (2, Precision::Bf16) => DType::Bf16,
+            (2, Precision::F16) => DType::F16,
+            (2, Precision::Q8) => DType::Q8,
+            (2, Precision::Q4) => DType::Q4,
             _ => DType::F32,
         };
         let columns: usize = shape[1..].iter().product();
@@ -270,12 +288,7 @@ impl Source for Stored<'_> {
         {
             return Ok(bytes.into_owned());
         }
-        let kept = match dtype {
-            DType::Q8 => stored == StoredType::Q8_0,
-            DType::Q4 => matches!(stored, StoredType::Q4_0 | StoredType::Q4_1 | StoredType::Q4_K),
-            _ => false,
-        };
-        if kept {
+        if !stored.is_float() && stored.held_as().0 == dtype {
             return Ok(repack(stored, &self.weights.rows_stored(name, rows)?, columns));
         }
         Ok(encode(&self.weights.rows_f32(name, rows)?, columns, dtype))

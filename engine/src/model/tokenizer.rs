@@ -14,8 +14,9 @@ use serde_json::{Value, json};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
 use super::gguf::ends::Ends;
+use super::gguf::split::Parts;
 use super::gguf::write::Meta;
-use super::weights::source::{Source, locate, map_file, read_capped};
+use super::weights::source::{Source, locate, read_capped};
 use crate::{Error, Result};
 
 mod bytes;
@@ -24,6 +25,7 @@ mod ends;
 mod fim;
 mod from_gguf;
 mod settings;
+mod splitting;
 mod templates;
 mod to_gguf;
 
@@ -71,8 +73,8 @@ impl Tokenizer {
         match locate(path)? {
             Source::Folder(dir) => Self::from_folder(&dir, config),
             Source::Gguf(file) => {
-                let map = map_file(&file)?;
-                Self::from_gguf(&file, &Gguf::parse(&file, &map)?, config)
+                let parts = Parts::open(&file)?;
+                Self::from_gguf(&file, &parts.gguf()?, config)
             }
         }
     }
@@ -111,7 +113,7 @@ impl Tokenizer {
     }
 
     /// The tokenizer that `tokenizer.*` of a GGUF describes; `path` names it in errors.
-    /// For `tokenizer.ggml.pre` "default", and where it is missing, GPT-2's splitting is taken.
+    /// Where `tokenizer.ggml.pre` is missing, llama.cpp's default splitting is taken, as llama.cpp does.
     pub fn from_gguf(path: &Path, gguf: &Gguf, config: &LlamaConfig) -> Result<Self> {
         let mut inner = from_gguf::build(path, gguf)?;
         let ends = Ends::read(gguf)?;
@@ -178,6 +180,11 @@ impl Tokenizer {
             plain: OnceLock::new(),
             inner,
         })
+    }
+
+    /// What a GGUF file has no place for, a line for each added token: its flags `lstrip`, `rstrip`, `single_word`.
+    pub(crate) fn lost_in_gguf(&self) -> Result<Vec<String>> {
+        to_gguf::lost(self)
     }
 
     /// Metadata of a GGUF file that [`Tokenizer::from_gguf`] and llama.cpp read.
@@ -358,6 +365,12 @@ fn ids_of(tokenizer: &tokenizers::Tokenizer, text: &str, add_special: bool) -> R
             one_line(&e.to_string())
         ))),
     }
+}
+
+/// A part of a `tokenizer.json` with its type.
+fn with_type(name: &str, mut part: Value) -> Value {
+    part["type"] = json!(name);
+    part
 }
 
 /// The crate's messages may span lines; ours do not.

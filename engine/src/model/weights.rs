@@ -15,17 +15,18 @@ use ::safetensors::Dtype;
 use memmap2::Mmap;
 
 use super::config::LlamaConfig;
-use super::gguf::Gguf;
 use super::gguf::llama::{self, ROPE_FREQS, RowOrder};
+use super::gguf::split::Parts;
 use super::lora::{EMBEDDING, HEAD};
 use crate::{Error, Result};
 
+mod block32;
 mod kquant;
 pub(crate) mod quant;
 mod safetensors;
 pub(crate) mod source;
 
-pub use quant::StoredType;
+pub use quant::{Fidelity, StoredType};
 use source::{Source, locate, map_file, read_capped};
 
 /// Largest `model.safetensors.index.json`, in bytes. A thousand layers need 1 MB.
@@ -65,8 +66,8 @@ struct Found {
 
 impl Weights {
     /// Opens a Hugging Face folder (`config.json` beside `model.safetensors` or its shards and
-    /// index), a `.gguf` file, or a folder with exactly one `.gguf` file. Every parameter is
-    /// present with its shape afterwards. No file may shrink while it is open.
+    /// index), a `.gguf` file or any part of a split one, or a folder with exactly one such model.
+    /// Every parameter is present with its shape afterwards. No file may shrink while it is open.
     pub fn open(path: &Path) -> Result<(LlamaConfig, Self)> {
         match locate(path)? {
             Source::Folder(dir) => Self::open_folder(&dir),
@@ -105,10 +106,10 @@ impl Weights {
     }
 
     fn open_gguf(path: &Path) -> Result<(LlamaConfig, Self)> {
-        let map = map_file(path)?;
+        let parts = Parts::open(path)?;
         let mut found = vec![];
-        let gguf = Gguf::parse(path, &map)?;
-        let config = llama::config(&gguf, &map)?;
+        let gguf = parts.gguf()?;
+        let config = llama::config(&gguf)?;
         let architecture = gguf.text("general.architecture")?.unwrap_or_default();
         for tensor in gguf.tensors().iter().filter(|tensor| tensor.name != ROPE_FREQS) {
             let Some(name) = llama::hf_name(tensor.name) else {
@@ -120,9 +121,10 @@ impl Weights {
             };
             let order = llama::row_order(&name, architecture, &config);
             let (dtype, shape) = (Ok(tensor.dtype), tensor.shape.clone());
-            found.push(Found { name, dtype, shape, file: 0, start: tensor.start, order });
+            let (file, start) = (tensor.file, tensor.start);
+            found.push(Found { name, dtype, shape, file, start, order });
         }
-        let weights = Self::matched(path, &config, vec![map], found)?;
+        let weights = Self::matched(path, &config, parts.maps, found)?;
         Ok((config, weights))
     }
 
@@ -195,12 +197,23 @@ impl Weights {
     /// Rows as f32, dequantised, in HF row order; `rows.len() × columns` values. A vector has one
     /// element a row.
     pub fn rows_f32(&self, name: &str, rows: Range<usize>) -> Result<Vec<f32>> {
+        let mut values = Vec::new();
+        self.append_rows(name, rows, &mut values)?;
+        Ok(values)
+    }
+
+    /// Appends what [`Weights::rows_f32`] gives.
+    pub(crate) fn append_rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        values: &mut Vec<f32>,
+    ) -> Result<()> {
         let bytes = self.rows_stored(name, rows)?;
         let dtype = self.tensors[name].dtype;
-        let mut values =
-            Vec::with_capacity(bytes.len() / dtype.block_bytes() * dtype.block_elements());
-        quant::dequantise(dtype, &bytes, &mut values);
-        Ok(values)
+        values.reserve(bytes.len() / dtype.block_bytes() * dtype.block_elements());
+        quant::dequantise(dtype, &bytes, values);
+        Ok(())
     }
 
     /// Rows as little-endian F32, F16 or BF16 bytes (see [`Weights::dtype`]), in HF row order,
@@ -234,17 +247,25 @@ impl Weights {
     /// Lets the system have the memory back in which pages of a parameter lie; they are read again when they are
     /// needed. Of a model that has gone to the device nothing needs to stay on the host.
     pub fn forget(&self, name: &str) {
+        if let Some(tensor) = self.tensors.get(name) {
+            self.forget_rows(name, 0..tensor.shape[0]);
+        }
+    }
+
+    /// The same for the rows that are stored there.
+    pub(crate) fn forget_rows(&self, name: &str, stored: Range<usize>) {
         let Some(tensor) = self.tensors.get(name) else { return };
-        let elements: usize = tensor.shape.iter().product();
-        let bytes = elements / tensor.dtype.block_elements() * tensor.dtype.block_bytes();
+        let columns: usize = tensor.shape[1..].iter().product();
+        let row_bytes = columns / tensor.dtype.block_elements() * tensor.dtype.block_bytes();
+        let (start, bytes) = (tensor.start + stored.start * row_bytes, stored.len() * row_bytes);
         #[cfg(unix)]
         // SAFETY: the map is read-only and backed by the file, so a page that goes comes back as it was.
         let _ = unsafe {
             let advice = memmap2::UncheckedAdvice::DontNeed;
-            self.files[tensor.file].unchecked_advise_range(advice, tensor.start, bytes)
+            self.files[tensor.file].unchecked_advise_range(advice, start, bytes)
         };
         #[cfg(not(unix))]
-        let _ = bytes;
+        let _ = (start, bytes);
     }
 
     #[track_caller]

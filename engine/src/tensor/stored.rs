@@ -63,7 +63,9 @@ pub(crate) fn q8_of(values: &[f32; QUANT_BLOCK]) -> Q8Block {
     let most = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
     let d = f16::from_f32(most / 127.0);
     let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
-    Q8Block { d, q: values.map(|v| (v * inverse).round().clamp(-127.0, 127.0) as i8) }
+    let mut q = [0; QUANT_BLOCK];
+    q.iter_mut().zip(values).for_each(|(q, v)| *q = level(v * inverse, -127.0, 127.0) as i8);
+    Q8Block { d, q }
 }
 
 pub(crate) fn q4_of(values: &[f32; QUANT_BLOCK]) -> Q4Block {
@@ -71,8 +73,20 @@ pub(crate) fn q4_of(values: &[f32; QUANT_BLOCK]) -> Q4Block {
     let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let (d, m) = (f16::from_f32((high - low) / 15.0), f16::from_f32(low));
     let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
-    let q = values.map(|v| ((v - m.to_f32()) * inverse).round().clamp(0.0, 15.0) as u8);
+    let least = m.to_f32();
+    let mut q = [0; QUANT_BLOCK];
+    q.iter_mut().zip(values).for_each(|(q, v)| *q = level((v - least) * inverse, 0.0, 15.0) as u8);
     Q4Block { d, m, q }
+}
+
+/// The whole number nearest to x within whole bounds below 2²³, halves away from zero, a NaN as 0. As
+/// `x.round().clamp(least, most)`, without the call into a library that `round` is where a processor's least has no
+/// instruction for it; so loops over it become vector code.
+pub(crate) fn level(x: f32, least: f32, most: f32) -> i32 {
+    let x = x.clamp(least, most);
+    let whole = x as i32;
+    let rest = x - whole as f32;
+    whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)
 }
 
 /// Rows of [`DType::Q8`] from their blocks in order.

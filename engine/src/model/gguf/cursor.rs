@@ -177,9 +177,8 @@ impl<'a> Cursor<'a> {
         let row = shape[0];
         shape.reverse();
         let dtype = stored_type(self.u32()?).map_err(|kind| {
-            self.error(format!(
-                "tensor {name:?} is {kind}; supported are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K"
-            ))
+            let known = StoredType::ALL.map(|t| format!("{t:?}")).join(", ");
+            self.error(format!("tensor {name:?} is {kind}; supported are {known}"))
         })?;
         let length = dtype.bytes(elements).filter(|_| row.is_multiple_of(dtype.block_elements()));
         let Some(length) = length else {
@@ -192,7 +191,7 @@ impl<'a> Cursor<'a> {
             return Err(self
                 .error(format!("tensor {name:?} begins at {start}, beyond what memory can map")));
         };
-        Ok(GgufTensor { name, shape, dtype, start, length })
+        Ok(GgufTensor { name, shape, dtype, file: 0, start, length })
     }
 }
 
@@ -202,13 +201,20 @@ fn stored_type(number: u32) -> std::result::Result<StoredType, String> {
         return Ok(known);
     }
     let name = match number {
-        6 => "Q5_0",
-        7 => "Q5_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
-        13 => "Q5_K",
+        9 => "Q8_1",
         15 => "Q8_K",
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        24..=27 => "of whole numbers",
         28 => "F64",
+        29 => "IQ1_M",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        40 => "NVFP4",
         other => return Err(format!("of GGML type {other}")),
     };
     Err(name.to_owned())

@@ -108,9 +108,8 @@ pub(crate) fn architecture(config: &LlamaConfig) -> &'static str {
 const LLAMA: &str = "llama";
 const QWEN2: &str = "qwen2";
 
-/// The configuration that `llama.*` (or `qwen2.*`) and `tokenizer.ggml.*` describe, validated. `bytes` is the
-/// whole file.
-pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
+/// The configuration that `llama.*` (or `qwen2.*`) and `tokenizer.ggml.*` describe, validated.
+pub(crate) fn config(gguf: &Gguf) -> Result<LlamaConfig> {
     let path = gguf.path;
     let architecture = match gguf.text("general.architecture")? {
         Some(LLAMA) => LLAMA,
@@ -196,7 +195,7 @@ pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
         },
     };
     config.validate(path)?;
-    if let Some(scaling) = llama3_scaling(gguf, bytes, &config)? {
+    if let Some(scaling) = llama3_scaling(gguf, &config)? {
         config.rope_scaling = Some(scaling);
     }
     Ok(config)
@@ -282,7 +281,7 @@ fn yarn(gguf: &Gguf, key: &dyn Fn(&str) -> String) -> Result<RopeScaling> {
 /// llama.cpp stores the divisors of Llama 3's frequencies, not the four numbers they came from. The
 /// published models used few settings; the one that gives these divisors is the one, and none is an
 /// error.
-fn llama3_scaling(gguf: &Gguf, bytes: &[u8], config: &LlamaConfig) -> Result<Option<RopeScaling>> {
+fn llama3_scaling(gguf: &Gguf, config: &LlamaConfig) -> Result<Option<RopeScaling>> {
     let Some(tensor) = gguf.tensors().iter().find(|t| t.name == ROPE_FREQS) else {
         return Ok(None);
     };
@@ -295,7 +294,7 @@ fn llama3_scaling(gguf: &Gguf, bytes: &[u8], config: &LlamaConfig) -> Result<Opt
         return Err(Error::model(gguf.path, reason));
     }
     let mut stored = vec![];
-    dequantise(tensor.dtype, &bytes[tensor.start..tensor.start + tensor.length], &mut stored);
+    dequantise(tensor.dtype, gguf.data(tensor), &mut stored);
     if stored.iter().all(|&factor| factor == 1.0) {
         return Ok(None);
     }

@@ -12,7 +12,11 @@ pub(crate) struct Writer {
     pairs: (u64, Vec<u8>),
     infos: (u64, Vec<u8>),
     data: Vec<u8>,
+    tensors: Vec<Entry>,
 }
+
+/// Name, shape, GGML's number of the type, and bytes.
+pub(crate) type Entry = (String, Vec<usize>, u32, Vec<u8>);
 
 fn text(out: &mut Vec<u8>, text: &str) {
     out.extend((text.len() as u64).to_le_bytes());
@@ -60,6 +64,17 @@ impl Writer {
         self.data.resize(self.data.len().next_multiple_of(32), 0);
         self.infos.1.extend((self.data.len() as u64).to_le_bytes());
         self.data.extend(bytes);
+        self.tensors.push((name.to_owned(), shape.to_vec(), kind, bytes.to_vec()));
+    }
+
+    /// What was given to [`Writer::tensor`].
+    pub fn tensors(self) -> Vec<Entry> {
+        self.tensors
+    }
+
+    /// Takes the tensors of another writer in place of its own.
+    pub fn replace_tensors(&mut self, other: Writer) {
+        (self.infos, self.data, self.tensors) = (other.infos, other.data, other.tensors);
     }
 
     pub fn finish(self) -> Vec<u8> {
@@ -136,7 +151,7 @@ pub(crate) fn tiny_gguf() -> Writer {
 
 fn refused(bytes: &[u8], part: &str) {
     let path = Path::new("model.gguf");
-    let error = match Gguf::parse(path, bytes).and_then(|gguf| config(&gguf, bytes)) {
+    let error = match Gguf::parse(path, bytes).and_then(|gguf| config(&gguf)) {
         Ok(_) => panic!("accepted; expected an error about {part}"),
         Err(e) => e.to_string(),
     };
@@ -204,7 +219,7 @@ fn what_is_not_a_plain_llama_is_refused() {
 fn llama3_scaling_is_recognised_by_its_factors() {
     let path = Path::new("model.gguf");
     let bytes = tiny_gguf().finish();
-    let plain = config(&Gguf::parse(path, &bytes).unwrap(), &bytes).unwrap();
+    let plain = config(&Gguf::parse(path, &bytes).unwrap()).unwrap();
     assert_eq!(plain.rope_scaling, None);
     let scaling = RopeScaling::Llama3 {
         factor: 32.0,
@@ -224,6 +239,6 @@ fn llama3_scaling_is_recognised_by_its_factors() {
     let key = b"llama.rope.freq_base";
     let at = bytes.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
     bytes[at..at + 4].copy_from_slice(&500_000f32.to_le_bytes());
-    let read = config(&Gguf::parse(path, &bytes).unwrap(), &bytes).unwrap();
+    let read = config(&Gguf::parse(path, &bytes).unwrap()).unwrap();
     assert_eq!(read.rope_scaling, Some(scaling));
 }

@@ -1,8 +1,15 @@
 //! Writing a model as one GGUF file (version 3) that llama.cpp loads: what `llama.rs` and `from_gguf.rs` read. Not
 //! here: how a type is rounded (`weights/quant.rs`).
+//!
+//! A thread for each processor rounds pieces of rows, in turn, while the calling one writes them in order; so reading,
+//! rounding and writing go on at once, the file is the same for any number of threads, and a few pieces for each are
+//! in memory.
 
-use std::io::{BufWriter, Write};
+use std::io::Write;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
+use std::thread;
 
 use super::llama::{ROPE_FREQS, RowOrder, architecture as architecture_of, gguf_name, row_order};
 use crate::model::config::{LlamaConfig, RopeScaling, Yarn};
@@ -13,8 +20,10 @@ use crate::{Error, Result};
 
 /// Where tensors begin: a multiple of this, GGUF's default.
 const ALIGNMENT: u64 = 32;
-/// Elements that are rounded at a time, about.
-const PIECE: usize = 1 << 22;
+/// Elements that are rounded at a time, about: as f32 they fit a processor's cache.
+const PIECE: usize = 1 << 18;
+/// Rounded pieces of each thread that may wait to be written.
+const WAITING: usize = 4;
 
 /// A metadata value to be written.
 pub(crate) enum Meta {
@@ -41,11 +50,17 @@ impl Entry {
     }
 }
 
+/// Some rows of one tensor, as they are stored.
+struct Piece<'a> {
+    entry: &'a Entry,
+    rows: Range<usize>,
+}
+
 /// Writes `path`, replacing it at once when it is complete. Matrices become `dtype`, vectors stay f32; `tokenizer` is
 /// what `Tokenizer::to_gguf` says of it. `progress` hears the share done.
 ///
 /// # Errors
-/// If rows are no whole blocks of `dtype`, or the file cannot be written.
+/// If `dtype` is only read, rows are no whole blocks of it, or the file cannot be written.
 pub(crate) fn write_gguf(
     path: &Path,
     config: &LlamaConfig,
@@ -57,7 +72,11 @@ pub(crate) fn write_gguf(
     if let Some(reason) = no_place(config) {
         return Err(Error::model(path, reason));
     }
-    let mut meta = architecture(config, dtype);
+    let Some(file_type) = dtype.file_type() else {
+        let reason = format!("{dtype:?} is only read; choose another type");
+        return Err(Error::model(path, reason));
+    };
+    let mut meta = architecture(config, file_type);
     meta.extend(tokenizer);
     let factors = rope_factors(config);
     let mut entries = Vec::new();
@@ -82,67 +101,93 @@ pub(crate) fn write_gguf(
     }
     let header = header(&meta, &entries);
     let all: u64 = entries.iter().map(Entry::bytes).sum();
+    let pieces: Vec<Piece> = entries.iter().flat_map(pieces).collect();
+    let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(pieces.len()).max(1);
+    let factors = factors.as_deref().unwrap_or_default();
     write_file(path, |out, path| {
         let io = |e| Error::io(path, e);
         out.write_all(&header).map_err(io)?;
-        let mut done = 0;
-        for entry in &entries {
-            match (&entry.hf, &factors) {
-                (Some(hf), _) => tensor(out, path, config, weights, hf, entry)?,
-                (None, Some(factors)) => {
-                    out.write_all(&quantise(StoredType::F32, factors)).map_err(io)?;
-                }
-                (None, None) => unreachable!("only the rotary factors have no HF name"),
+        thread::scope(|scope| {
+            // Each thread has every so manieth piece, and its own queue: so the order needs no sorting, and a queue
+            // that is full makes its thread wait. Queues that are dropped on an error end the threads.
+            let mut queues = Vec::new();
+            for first in 0..threads {
+                let (sender, queue) = sync_channel(WAITING);
+                let mine = pieces.iter().skip(first).step_by(threads);
+                scope.spawn(move || {
+                    let mut values = Vec::new();
+                    for piece in mine {
+                        let rounded = rounded(piece, config, weights, factors, &mut values);
+                        if sender.send(rounded).is_err() {
+                            break;
+                        }
+                    }
+                });
+                queues.push(queue);
             }
-            out.write_all(&vec![0; padding(entry.bytes())]).map_err(io)?;
-            done += entry.bytes();
-            progress(done as f64 / all.max(1) as f64);
-        }
-        Ok(())
+            let mut done = 0;
+            for (piece, queue) in pieces.iter().zip(queues.iter().cycle()) {
+                let bytes = queue.recv().map_err(|e| Error::io(path, e))??;
+                out.write_all(&bytes).map_err(io)?;
+                done += bytes.len() as u64;
+                let Piece { entry, rows } = piece;
+                if rows.end == entry.shape[0] {
+                    out.write_all(&vec![0; padding(entry.bytes())]).map_err(io)?;
+                    entry.hf.iter().for_each(|hf| weights.forget(hf));
+                    progress(done as f64 / all.max(1) as f64);
+                }
+            }
+            Ok(())
+        })
     })
 }
 
-/// One tensor's rows in the order that llama.cpp has them.
-fn tensor(
-    out: &mut BufWriter<std::fs::File>,
-    path: &Path,
-    config: &LlamaConfig,
-    weights: &Weights,
-    hf: &str,
-    entry: &Entry,
-) -> Result<()> {
-    let order = row_order(hf, architecture_of(config), config);
+/// A tensor in pieces, in order.
+fn pieces(entry: &Entry) -> impl Iterator<Item = Piece<'_>> {
     let (rows, columns) = (entry.shape[0], entry.shape[1..].iter().product::<usize>());
     let most = (PIECE / columns.max(1)).max(1);
-    for first in (0..rows).step_by(most) {
-        let end = (first + most).min(rows);
-        let values = match order {
-            RowOrder::Same => weights.rows_f32(hf, first..end)?,
-            interleaved => {
-                let mut values = Vec::with_capacity((end - first) * columns);
-                for stored in first..end {
-                    let row = interleaved.hf_row(stored);
-                    values.extend(weights.rows_f32(hf, row..row + 1)?);
-                }
-                values
+    let firsts = (0..rows).step_by(most);
+    firsts.map(move |first| Piece { entry, rows: first..(first + most).min(rows) })
+}
+
+/// The bytes of a piece, its rows in the order that llama.cpp has them; `values` is memory to be used again.
+fn rounded(
+    piece: &Piece,
+    config: &LlamaConfig,
+    weights: &Weights,
+    factors: &[f32],
+    values: &mut Vec<f32>,
+) -> Result<Vec<u8>> {
+    let Piece { entry, rows } = piece;
+    let mut bytes = Vec::new();
+    values.clear();
+    match entry.hf.as_deref().map(|hf| (hf, row_order(hf, architecture_of(config), config))) {
+        None => values.extend_from_slice(&factors[rows.clone()]),
+        Some((hf, RowOrder::Same)) => {
+            weights.append_rows(hf, rows.clone(), values)?;
+            weights.forget_rows(hf, rows.clone());
+        }
+        Some((hf, interleaved)) => {
+            for row in rows.clone().map(|stored| interleaved.hf_row(stored)) {
+                weights.append_rows(hf, row..row + 1, values)?;
             }
-        };
-        out.write_all(&quantise(entry.dtype, &values)).map_err(|e| Error::io(path, e))?;
+        }
     }
-    Ok(())
+    quantise(entry.dtype, values, &mut bytes);
+    Ok(bytes)
 }
 
 fn padding(bytes: u64) -> usize {
     (bytes.next_multiple_of(ALIGNMENT) - bytes) as usize
 }
 
-fn architecture(config: &LlamaConfig, dtype: StoredType) -> Vec<(String, Meta)> {
+fn architecture(config: &LlamaConfig, file_type: u32) -> Vec<(String, Meta)> {
     let number = |n: usize| Meta::U32(n as u32);
     let name = architecture_of(config);
     let key = |rest: &str| format!("{name}.{rest}");
     let mut meta = vec![
         ("general.architecture".to_owned(), Meta::Text(name.into())),
-        ("general.file_type".to_owned(), Meta::U32(file_type(dtype))),
+        ("general.file_type".to_owned(), Meta::U32(file_type)),
         ("general.quantization_version".to_owned(), Meta::U32(2)),
         (key("vocab_size"), number(config.vocab_size)),
         (key("context_length"), number(config.max_position_embeddings)),
@@ -208,20 +253,6 @@ fn no_place(config: &LlamaConfig) -> Option<String> {
     Some(format!(
         "a GGUF file has no place for rope scaling {scaling}; write a Hugging Face folder"
     ))
-}
-
-/// llama.cpp's `LLAMA_FTYPE` of a file that is mostly of this type; it only prints it.
-fn file_type(dtype: StoredType) -> u32 {
-    match dtype {
-        StoredType::F32 => 0,
-        StoredType::F16 => 1,
-        StoredType::Q4_0 => 2,
-        StoredType::Q4_1 => 3,
-        StoredType::Q8_0 => 7,
-        StoredType::Q4_K => 14,
-        StoredType::Q6_K => 18,
-        StoredType::BF16 => 32,
-    }
 }
 
 /// What llama.cpp divides Llama 3's frequencies by.

@@ -1,12 +1,14 @@
-//! A `tokenizer.json` from GGUF metadata: the inverse of what llama.cpp's converter did. The
-//! splitting rules are those of the original `tokenizer.json` files, which `tokenizer.ggml.pre`
-//! names. Not here: begin and end tokens, and everything after construction (`tokenizer.rs`).
+//! A `tokenizer.json` from GGUF metadata: the inverse of what llama.cpp's converter did. Not here:
+//! how text is split (`splitting.rs`), begin and end tokens, and everything after construction
+//! (`tokenizer.rs`).
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::splitting::{DEFAULT, Splitting, byte_level_part, known_names, splitting};
+use super::with_type;
 use crate::model::gguf::Gguf;
 use crate::{Error, Result};
 
@@ -22,23 +24,6 @@ const UNKNOWN: i32 = 2;
 pub(super) const CONTROL: i32 = 3;
 pub(super) const USER_DEFINED: i32 = 4;
 pub(super) const UNUSED: i32 = 5;
-
-/// Splitting of Seed-Coder, and so of Stable-DiffCoder: digits one by one, line ends apart from
-/// signs.
-const SEED_CODER: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|",
-    r"\s*[\r\n]+|\s+(?!\S)|\s+",
-);
-/// Splitting of Llama 3: digits by threes.
-const LLAMA_3: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|",
-    r"\s*[\r\n]+|\s+(?!\S)|\s+",
-);
-/// Splitting of Qwen 2: Llama 3's with digits one by one.
-const QWEN_2: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|",
-    r"\s*[\r\n]+|\s+(?!\S)|\s+",
-);
 
 /// The tokens of the file with what is known about each, by id.
 struct Vocabulary<'a> {
@@ -120,60 +105,13 @@ impl Vocabulary<'_> {
     }
 }
 
-fn with_type(name: &str, mut part: Value) -> Value {
-    part["type"] = json!(name);
-    part
-}
-
-/// How a byte-level tokenizer prepares text, as `tokenizer.json` has it.
-pub(super) struct Splitting {
-    pub normalizer: Value,
-    pub pre_tokenizer: Value,
-    pub ignore_merges: bool,
-}
-
-/// One name of `tokenizer.ggml.pre` for each way to split that is known here.
-pub(super) const PRE_NAMES: [&str; 5] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "seed-coder"];
-
-fn bytes(use_regex: bool) -> Value {
-    let flags = json!({"add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
-    with_type("ByteLevel", flags)
-}
-
-/// What `tokenizer.ggml.pre` names; `None` if it is not known here.
-pub(super) fn splitting(pre: &str) -> Option<Splitting> {
-    let split = |pattern: &str| {
-        let pattern = json!({"Regex": pattern});
-        let split = json!({"pattern": pattern, "behavior": "Isolated", "invert": false});
-        let split = with_type("Split", split);
-        json!({"type": "Sequence", "pretokenizers": [split, bytes(false)]})
-    };
-    let pre_tokenizer = match pre {
-        "gpt-2" | "default" => bytes(true),
-        "smollm" | "starcoder" | "refact" => {
-            let digits = json!({"type": "Digits", "individual_digits": true});
-            json!({"type": "Sequence", "pretokenizers": [digits, bytes(true)]})
-        }
-        "llama-bpe" | "llama3" | "llama-v3" => split(LLAMA_3),
-        "qwen2" => split(QWEN_2),
-        "seed-coder" => split(SEED_CODER),
-        _ => return None,
-    };
-    Some(Splitting {
-        normalizer: if pre == "qwen2" { json!({"type": "NFC"}) } else { Value::Null },
-        pre_tokenizer,
-        // Llama 3 takes a word that is a token whole, even where the merges do not lead to it.
-        ignore_merges: matches!(pre, "llama-bpe" | "llama3" | "llama-v3"),
-    })
-}
-
 fn byte_level(path: &Path, gguf: &Gguf) -> Result<Value> {
-    let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or(DEFAULT);
     let Some(Splitting { normalizer, pre_tokenizer, ignore_merges }) = splitting(pre) else {
+        let known = known_names().join(", ");
         let reason = format!(
-            "tokenizer.ggml.pre {pre:?} is not supported; expected smollm, starcoder, \
-             gpt-2, llama-bpe, qwen2 or \
-             seed-coder; use the Hugging Face folder instead"
+            "tokenizer.ggml.pre {pre:?} is not supported; expected one of {known}; use the Hugging \
+             Face folder instead"
         );
         return Err(Error::model(path, reason));
     };
@@ -204,7 +142,7 @@ fn byte_level(path: &Path, gguf: &Gguf) -> Result<Value> {
     Ok(json!({
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "decoder": bytes(true),
+        "decoder": byte_level_part(true),
         "model": {"type": "BPE", "merges": merges, "ignore_merges": ignore_merges},
     }))
 }

@@ -136,6 +136,46 @@ fn what_does_not_fit_is_refused() {
     refuse(w, &tiny(), "twice");
 }
 
+/// Every name of `tokenizer.ggml.pre` gives llama.cpp's tokens (`golden/generate_splitting.py`).
+#[test]
+fn text_is_split_as_llama_cpp_splits_it() {
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/gguf/splitting.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+    let texts: Vec<String> = serde_json::from_value(golden["texts"].clone()).unwrap();
+    let merges: Vec<String> = serde_json::from_value(golden["merges"].clone()).unwrap();
+    let mut tokens: Vec<String> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet()
+        .iter()
+        .map(char::to_string)
+        .collect();
+    tokens.sort_unstable();
+    tokens.extend(merges.iter().map(|merge| merge.replace(' ', "")));
+    let config = LlamaConfig { vocab_size: tokens.len(), mask_token_id: None, ..tiny() };
+    let mut known = splitting::known_names();
+    for rule in golden["rules"].as_array().unwrap() {
+        let want: Vec<Vec<u32>> = serde_json::from_value(rule["ids"].clone()).unwrap();
+        for name in rule["names"].as_array().unwrap() {
+            let mut w = Writer::default();
+            w.text("tokenizer.ggml.model", "gpt2");
+            if let Some(name) = name.as_str() {
+                w.text("tokenizer.ggml.pre", name);
+                known.retain(|known| *known != name);
+            }
+            w.texts("tokenizer.ggml.tokens", &tokens);
+            w.texts("tokenizer.ggml.merges", &merges);
+            let pair = [("tokenizer.ggml.add_bos_token", 7, [0u8])];
+            pair.iter().for_each(|(key, kind, value)| w.pair(key, *kind, value));
+            let tokenizer = from_gguf(w, &config).unwrap();
+            for (text, want) in texts.iter().zip(&want) {
+                // llama.cpp composes nothing; the tokenizers that qwen2 names do.
+                let composed = name == "qwen2" && text.contains('\u{301}');
+                let got = tokenizer.encode(text, true).unwrap();
+                assert!(composed || got == *want, "{name}: {text:?} is {got:?}, not {want:?}");
+            }
+        }
+    }
+    assert!(known.is_empty(), "no golden for {known:?}");
+}
+
 #[test]
 fn a_saved_tokenizer_reads_back_the_same() {
     let scratch = Scratch::new("tokenizer");

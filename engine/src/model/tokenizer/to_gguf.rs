@@ -5,10 +5,28 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::Tokenizer;
-use super::from_gguf::{CONTROL, NORMAL, PRE_NAMES, UNUSED, USER_DEFINED, splitting};
+use super::from_gguf::{CONTROL, NORMAL, UNUSED, USER_DEFINED};
+use super::splitting::{Splitting, name_of};
 use crate::model::config::LlamaConfig;
 use crate::model::gguf::write::Meta;
 use crate::{Error, Result};
+
+/// Flags of added tokens that GGUF cannot hold: whitespace beside a token that it swallows, and whether it is found
+/// inside of words.
+const FLAGS: [&str; 3] = ["lstrip", "rstrip", "single_word"];
+
+pub(super) fn lost(tokenizer: &Tokenizer) -> Result<Vec<String>> {
+    let json: Value =
+        serde_json::from_str(&tokenizer.to_json()?).map_err(|e| Error::io("tokenizer.json", e))?;
+    let mut lost = vec![];
+    for added in json["added_tokens"].as_array().into_iter().flatten() {
+        let flags: Vec<&str> = FLAGS.into_iter().filter(|&flag| added[flag] == true).collect();
+        if !flags.is_empty() {
+            lost.push(format!("{} has {}", added["content"], flags.join(" and ")));
+        }
+    }
+    Ok(lost)
+}
 
 pub(super) fn metadata(
     tokenizer: &Tokenizer,
@@ -43,12 +61,12 @@ pub(super) fn metadata(
         Value::String(both) => both.clone(),
         pair => [&pair[0], &pair[1]].map(|part| part.as_str().unwrap_or_default()).join(" "),
     });
-    let Some(pre) = PRE_NAMES.into_iter().find(|pre| {
-        let known = splitting(pre).expect("the names are known");
-        let ignores = model["ignore_merges"].as_bool().unwrap_or(false);
-        (&json["pre_tokenizer"], &json["normalizer"], ignores)
-            == (&known.pre_tokenizer, &known.normalizer, known.ignore_merges)
-    }) else {
+    let splitting = Splitting {
+        normalizer: json["normalizer"].clone(),
+        pre_tokenizer: json["pre_tokenizer"].clone(),
+        ignore_merges: model["ignore_merges"].as_bool().unwrap_or(false),
+    };
+    let Some(pre) = name_of(&splitting) else {
         return Err(refuse("llama.cpp has no name for the way it splits text"));
     };
     let mut meta = vec![

@@ -1,18 +1,31 @@
 //! GGML's K blocks: 256 elements whose scales are themselves small integers under f16 scales.
-//!   Q4_K  8 parts of 32: x = d·s·q − e·m,  s, m in 0..64, q in 0..16     d, e f16
-//!   Q6_K  16 parts of 16: x = d·s·q,       s in −128..128, q in −32..32  d f16
+//!   Q2_K    16 parts of 16: x = d·s·q − e·m,  s, m in 0..16, q in 0..4       d, e f16
+//!   Q3_K    16 parts of 16: x = d·s·q,        s in −32..32, q in −4..4       d f16
+//!   Q4_K    8 parts of 32: x = d·s·q − e·m,   s, m in 0..64, q in 0..16      d, e f16
+//!   Q5_K    8 parts of 32: x = d·s·q − e·m,   s, m in 0..64, q in 0..32      d, e f16
+//!   Q6_K    16 parts of 16: x = d·s·q,        s in −128..128, q in −32..32   d f16
+//!   IQ4_XS  8 parts of 32: x = d·s·k(q),      s in −32..32, k as in IQ4_NL   d f16
 //! What a file holds is read exactly; how a part is fitted when one is written is our own choice.
 
 use half::f16;
 
-use crate::tensor::stored::Q4Block;
+use super::block32::{IQ4_LEVELS, nibbles};
+use crate::tensor::stored::{Q4Block, Q8Block, level};
 
 /// Elements of a block.
 pub(super) const ELEMENTS: usize = 256;
+/// Bytes of a block of Q2_K: s and m in a byte, pairs of bits, d, e.
+pub(super) const Q2_BYTES: usize = 84;
+/// Bytes of a block of Q3_K: third bits, pairs of bits, 12 bytes of s, d.
+pub(super) const Q3_BYTES: usize = 110;
 /// Bytes of a block of Q4_K: d, e, 12 bytes of s and m, nibbles.
 pub(super) const Q4_BYTES: usize = 144;
+/// Bytes of a block of Q5_K: d, e, 12 bytes of s and m, fifth bits, nibbles.
+pub(super) const Q5_BYTES: usize = 176;
 /// Bytes of a block of Q6_K: low nibbles, high pairs of bits, s, d.
 pub(super) const Q6_BYTES: usize = 210;
+/// Bytes of a block of IQ4_XS: d, upper pairs of bits of s, lower nibbles of s, nibbles.
+pub(super) const IQ4_BYTES: usize = 136;
 
 /// How much finer or coarser than the plain step a part's scale is tried.
 const TRIALS: [f32; 9] = [-1.2, -0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9, 1.2];
@@ -41,6 +54,76 @@ fn pack_scales(scales: &[u8; 8], minima: &[u8; 8]) -> [u8; 12] {
     packed
 }
 
+/// Appends the values of one block of Q2_K.
+pub(super) fn decode_q2(block: &[u8; Q2_BYTES], out: &mut Vec<f32>) {
+    let (d, e) = (half_at(block, 80), half_at(block, 82));
+    for (part, sm) in block[..16].iter().enumerate() {
+        let (scale, minimum) = (d * f32::from(sm & 15), e * f32::from(sm >> 4));
+        let pairs = pairs_of_bits(&block[16..80], part);
+        out.extend(pairs.map(|q| scale * f32::from(q) - minimum));
+    }
+}
+
+/// Appends the values of one block of Q3_K.
+pub(super) fn decode_q3(block: &[u8; Q3_BYTES], out: &mut Vec<f32>) {
+    let d = half_at(block, 108);
+    let packed = &block[96..108];
+    for part in 0..16 {
+        // Four lower bits in the first eight bytes, two upper ones in the last four.
+        let low = packed[part % 8] >> (4 * (part / 8)) & 15;
+        let high = packed[8 + part % 4] >> (2 * (part / 4)) & 3;
+        let scale = d * (f32::from(low | high << 4) - 32.0);
+        // Without its third bit a number is 4 less.
+        let thirds = block[16 * (part % 2)..].iter().map(|b| b >> (part / 2) & 1);
+        let q = pairs_of_bits(&block[32..96], part).zip(thirds);
+        out.extend(q.map(|(q, third)| scale * (f32::from(q) - 4.0 + 4.0 * f32::from(third))));
+    }
+}
+
+/// The 16 numbers of two bits of a part: four parts of 32 share 32 bytes, the first in the lowest bits.
+fn pairs_of_bits(packed: &[u8], part: usize) -> impl Iterator<Item = u8> {
+    let bytes = &packed[32 * (part / 8) + 16 * (part % 2)..][..16];
+    bytes.iter().map(move |b| b >> (2 * (part % 8 / 2)) & 3)
+}
+
+/// Appends the values of one block of Q5_K.
+pub(super) fn decode_q5(block: &[u8; Q5_BYTES], out: &mut Vec<f32>) {
+    let (d, e) = (half_at(block, 0), half_at(block, 2));
+    let (fifths, nibbles) = block[16..].split_at(32);
+    for part in 0..8 {
+        let (s, m) = scale_and_minimum(&block[4..16], part);
+        let (scale, minimum) = (d * f32::from(s), e * f32::from(m));
+        let bytes = nibbles[32 * (part / 2)..].iter().zip(fifths);
+        let q = bytes.map(|(b, high)| (b >> (4 * (part % 2)) & 15) | (high >> part & 1) << 4);
+        out.extend(q.map(|q| scale * f32::from(q) - minimum));
+    }
+}
+
+/// The signed s of part `i` of the eight of a block of IQ4_XS.
+fn iq4_scale(block: &[u8], i: usize) -> f32 {
+    let low = block[4 + i / 2] >> (4 * (i % 2)) & 15;
+    let high = u16::from_le_bytes([block[2], block[3]]) >> (2 * i) & 3;
+    f32::from(low | (high as u8) << 4) - 32.0
+}
+
+/// Appends the values of one block of IQ4_XS.
+pub(super) fn decode_iq4(block: &[u8; IQ4_BYTES], out: &mut Vec<f32>) {
+    let d = half_at(block, 0);
+    for (i, bytes) in block[8..].as_chunks::<16>().0.iter().enumerate() {
+        let scale = d * iq4_scale(block, i);
+        out.extend(nibbles(bytes).map(|q| scale * f32::from(IQ4_LEVELS[usize::from(q)])));
+    }
+}
+
+/// A block of IQ4_XS as eight with a scale of their own, rounded to f16.
+pub(super) fn iq4_blocks(block: &[u8], out: &mut Vec<Q8Block>) {
+    let d = half_at(block, 0);
+    out.extend(block[8..].as_chunks::<16>().0.iter().enumerate().map(|(i, bytes)| Q8Block {
+        d: f16::from_f32(d * iq4_scale(block, i)),
+        q: nibbles(bytes).map(|q| IQ4_LEVELS[usize::from(q)]),
+    }));
+}
+
 /// Appends the values of one block of Q4_K.
 pub(super) fn decode_q4(block: &[u8; Q4_BYTES], out: &mut Vec<f32>) {
     let (d, e) = (half_at(block, 0), half_at(block, 2));
@@ -54,9 +137,9 @@ pub(super) fn decode_q4(block: &[u8; Q4_BYTES], out: &mut Vec<f32>) {
 }
 
 /// A block of Q4_K as eight with scale and minimum of their own, rounded to f16.
-pub(super) fn q4_blocks(block: &[u8; Q4_BYTES]) -> [Q4Block; 8] {
+pub(super) fn q4_blocks(block: &[u8], out: &mut Vec<Q4Block>) {
     let (d, e) = (half_at(block, 0), half_at(block, 2));
-    std::array::from_fn(|i| {
+    out.extend((0..8).map(|i| {
         let (s, m) = scale_and_minimum(&block[4..16], i);
         let bytes = &block[16 + 32 * (i / 2)..][..32];
         Q4Block {
@@ -64,7 +147,7 @@ pub(super) fn q4_blocks(block: &[u8; Q4_BYTES]) -> [Q4Block; 8] {
             m: f16::from_f32(-e * f32::from(m)),
             q: std::array::from_fn(|l| bytes[l] >> (4 * (i % 2)) & 15),
         }
-    })
+    }));
 }
 
 /// Appends the values of one block of Q6_K.
@@ -101,7 +184,7 @@ fn fit_q4(part: &[f32]) -> (f32, f32) {
         let inverse = (15.0 + trial) / (high - low);
         // Least squares over (q, −1) for the q of this step.
         let [mut w, mut wq, mut wqq, mut wx, mut wxq] = [0.0f64; 5];
-        let level = |x: f32| (inverse * (x - low)).round().clamp(0.0, 15.0);
+        let level = |x: f32| level(inverse * (x - low), 0.0, 15.0) as f32;
         for &x in part {
             let (f, q, x) = (f64::from(weight(x)), f64::from(level(x)), f64::from(x));
             (w, wq, wqq) = (w + f, wq + f * q, wqq + f * q * q);
@@ -137,7 +220,7 @@ fn fit_q6(part: &[f32]) -> f32 {
     for trial in TRIALS {
         // −32 is the level of the largest magnitude, which has one step more than the other side.
         let inverse = -(32.0 + trial) / largest;
-        let level = |x: f32| (inverse * x).round().clamp(-32.0, 31.0);
+        let level = |x: f32| level(inverse * x, -32.0, 31.0) as f32;
         let (mut wqq, mut wxq) = (0.0f64, 0.0f64);
         for &x in part {
             let (f, q) = (f64::from(weight(x)), f64::from(level(x)));
@@ -160,7 +243,7 @@ pub(super) fn encode_q4(values: &[f32; ELEMENTS]) -> [u8; Q4_BYTES] {
     let most = |of: fn(&(f32, f32)) -> f32| fits.iter().map(of).fold(0.0, f32::max);
     let (d, e) = (f16::from_f32(most(|f| f.0) / 63.0), f16::from_f32(most(|f| f.1) / 63.0));
     let of = |x: f32, unit: f16| match unit.to_f32() {
-        unit if unit > 0.0 => (x / unit).round().clamp(0.0, 63.0) as u8,
+        unit if unit > 0.0 => level(x / unit, 0.0, 63.0) as u8,
         _ => 0,
     };
     let (mut scales, mut minima) = ([0; 8], [0; 8]);
@@ -170,8 +253,7 @@ pub(super) fn encode_q4(values: &[f32; ELEMENTS]) -> [u8; Q4_BYTES] {
         let scale = d.to_f32() * f32::from(scales[i]);
         let minimum = e.to_f32() * f32::from(minima[i]);
         for (l, x) in part.iter().enumerate() {
-            let q =
-                if scale > 0.0 { ((x + minimum) / scale).round().clamp(0.0, 15.0) } else { 0.0 };
+            let q = if scale > 0.0 { level((x + minimum) / scale, 0.0, 15.0) } else { 0 };
             block[16 + 32 * (i / 2) + l] |= (q as u8) << (4 * (i % 2));
         }
     }
@@ -190,12 +272,12 @@ pub(super) fn encode_q6(values: &[f32; ELEMENTS]) -> [u8; Q6_BYTES] {
     let unit = d.to_f32();
     let mut block = [0; Q6_BYTES];
     for (i, (part, s)) in parts.iter().zip(fits).enumerate() {
-        let s = if unit == 0.0 { 0.0 } else { (s / unit).round().clamp(-128.0, 127.0) };
-        block[192 + i] = (s as i8) as u8;
-        let scale = unit * s;
+        let s = if unit == 0.0 { 0 } else { level(s / unit, -128.0, 127.0) };
+        block[192 + i] = s as i8 as u8;
+        let scale = unit * s as f32;
         for (j, x) in part.iter().enumerate() {
-            let q = if scale == 0.0 { 0.0 } else { (x / scale).round().clamp(-32.0, 31.0) };
-            let q = (q as i16 + 32) as u8;
+            let q = if scale == 0.0 { 0 } else { level(x / scale, -32.0, 31.0) };
+            let q = (q + 32) as u8;
             let at = 16 * i + j;
             let (part, four, l) = (at / 128, at % 128 / 32, at % 32);
             block[64 * part + 32 * (four % 2) + l] |= (q & 15) << (4 * (four / 2));

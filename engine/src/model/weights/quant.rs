@@ -1,14 +1,16 @@
-//! How weights are stored, and how each type becomes f32. Not here: where they lie (`weights.rs`).
+//! How weights are stored: every type is one row of [`FORMATS`], which says how it is named, how long its blocks are,
+//! how they become f32 and back, and as what they rest in device memory. Not here: the blocks themselves (`block32.rs`,
+//! `kquant.rs`), and where weights lie (`weights.rs`).
 
-use std::array;
-
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::kquant;
+use super::{block32, kquant};
+use crate::tensor::DType;
 use crate::tensor::stored::{Q4Block, Q8Block, q4_of, q4_rows, q8_of, q8_rows};
 
 /// Type of a stored tensor. The quantised ones are those of GGML; all bytes are little-endian.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(non_camel_case_types, reason = "the names every tool around GGUF prints")]
 pub enum StoredType {
     /// 4 bytes an element.
@@ -28,69 +30,283 @@ pub enum StoredType {
     Q4_K,
     /// 256 elements in 210 bytes, see `kquant.rs`.
     Q6_K,
+    /// 32 elements in 22 bytes: f16 scale d, 5 bits q; x = d·(q − 16).
+    Q5_0,
+    /// 32 elements in 24 bytes: f16 scale d, f16 minimum m, 5 bits q; x = d·q + m.
+    Q5_1,
+    /// 256 elements in 176 bytes, see `kquant.rs`.
+    Q5_K,
+    /// 256 elements in 84 bytes, see `kquant.rs`.
+    Q2_K,
+    /// 256 elements in 110 bytes, see `kquant.rs`.
+    Q3_K,
+    /// 32 elements in 18 bytes: f16 scale d, nibbles that choose among 16 uneven levels k; x = d·k.
+    IQ4_NL,
+    /// 256 elements in 136 bytes: the levels of IQ4_NL, see `kquant.rs`.
+    IQ4_XS,
+    /// 32 elements in 17 bytes: a power of two d, nibbles that are floats of 4 bits k; x = d·k.
+    MXFP4,
 }
 
+/// What a type is.
+struct Format {
+    dtype: StoredType,
+    name: &'static str,
+    /// GGML's number of it.
+    ggml: u32,
+    /// Elements of a block, and its bytes.
+    block: (usize, usize),
+    /// Appends the values of whole blocks.
+    decode: fn(&[u8], &mut Vec<f32>),
+    /// `None` for a type that is only read.
+    written: Option<Written>,
+    held: Held,
+}
+
+/// How a type is written.
+struct Written {
+    /// Appends the blocks of values.
+    encode: fn(&[f32], &mut Vec<u8>),
+    /// llama.cpp's `LLAMA_FTYPE` of a file that is mostly of this type; it only prints it.
+    file_type: u32,
+}
+
+const fn written(file_type: u32, encode: fn(&[f32], &mut Vec<u8>)) -> Option<Written> {
+    Some(Written { encode, file_type })
+}
+
+/// As what a matrix of a type rests in device memory, where nobody asks for another precision.
+enum Held {
+    /// As the same bytes.
+    Same(DType),
+    /// As [`DType::Q8`]: appends one stored block as blocks of 32.
+    Q8(fn(&[u8], &mut Vec<Q8Block>), Fidelity),
+    /// As [`DType::Q4`]: the same.
+    Q4(fn(&[u8], &mut Vec<Q4Block>), Fidelity),
+    /// As blocks of 32 with scales of their own, found anew.
+    Rounded(DType),
+}
+
+/// What another type on the device makes of the values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fidelity {
+    /// The same numbers under the same scales, at most in another order.
+    Same,
+    /// Other numbers that give the same values.
+    Exact,
+    /// The same numbers under scales that are products, rounded to f16 (by 2⁻¹² at most).
+    ScalesRounded,
+    /// Other numbers, within half a step of the new type.
+    Rounded,
+}
+
+/// In the order of [`StoredType`].
+const FORMATS: &[Format] = &[
+    Format {
+        dtype: StoredType::F32,
+        name: "f32",
+        ggml: 0,
+        block: (1, 4),
+        decode: |bytes, out| out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+        written: written(0, |values, out| out.extend_from_slice(bytemuck::cast_slice(values))),
+        held: Held::Same(DType::F32),
+    },
+    Format {
+        dtype: StoredType::F16,
+        name: "f16",
+        ggml: 1,
+        block: (1, 2),
+        decode: decode_f16,
+        written: written(1, |values, out| {
+            out.extend(values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()))
+        }),
+        held: Held::Same(DType::F16),
+    },
+    Format {
+        dtype: StoredType::BF16,
+        name: "bf16",
+        ggml: 30,
+        block: (1, 2),
+        decode: |bytes, out| {
+            out.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()))
+        },
+        written: written(32, |values, out| {
+            out.extend(values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()))
+        }),
+        held: Held::Same(DType::Bf16),
+    },
+    Format {
+        dtype: StoredType::Q8_0,
+        name: "q8_0",
+        ggml: 8,
+        block: (32, 34),
+        decode: |bytes, out| each(bytes, out, block32::decode_q8_0),
+        written: written(7, |values, out| each_32(values, out, block32::encode_q8_0)),
+        held: Held::Q8(|block, out| out.push(block32::q8_0(block)), Fidelity::Same),
+    },
+    Format {
+        dtype: StoredType::Q4_0,
+        name: "q4_0",
+        ggml: 2,
+        block: (32, 18),
+        decode: |bytes, out| each(bytes, out, block32::decode_q4_0),
+        written: written(2, |values, out| each_32(values, out, block32::encode_q4_0)),
+        held: Held::Q4(|block, out| out.push(block32::q4_0(block)), Fidelity::Same),
+    },
+    Format {
+        dtype: StoredType::Q4_1,
+        name: "q4_1",
+        ggml: 3,
+        block: (32, 20),
+        decode: |bytes, out| each(bytes, out, block32::decode_q4_1),
+        written: written(3, |values, out| each_32(values, out, block32::encode_q4_1)),
+        held: Held::Q4(|block, out| out.push(block32::q4_1(block)), Fidelity::Same),
+    },
+    Format {
+        dtype: StoredType::Q4_K,
+        name: "q4_k",
+        ggml: 12,
+        block: (kquant::ELEMENTS, kquant::Q4_BYTES),
+        decode: |bytes, out| each(bytes, out, kquant::decode_q4),
+        written: written(14, |values, out| {
+            for block in values.as_chunks().0 {
+                out.extend_from_slice(&kquant::encode_q4(block));
+            }
+        }),
+        held: Held::Q4(kquant::q4_blocks, Fidelity::ScalesRounded),
+    },
+    Format {
+        dtype: StoredType::Q6_K,
+        name: "q6_k",
+        ggml: 14,
+        block: (kquant::ELEMENTS, kquant::Q6_BYTES),
+        decode: |bytes, out| each(bytes, out, kquant::decode_q6),
+        written: written(18, |values, out| {
+            for block in values.as_chunks().0 {
+                out.extend_from_slice(&kquant::encode_q6(block));
+            }
+        }),
+        held: Held::Rounded(DType::Q8),
+    },
+    Format {
+        dtype: StoredType::Q5_0,
+        name: "q5_0",
+        ggml: 6,
+        block: (32, 22),
+        decode: |bytes, out| each(bytes, out, block32::decode_q5_0),
+        written: None,
+        held: Held::Q8(|block, out| out.push(block32::q5_0(block)), Fidelity::Exact),
+    },
+    Format {
+        dtype: StoredType::Q5_1,
+        name: "q5_1",
+        ggml: 7,
+        block: (32, 24),
+        decode: |bytes, out| each(bytes, out, block32::decode_q5_1),
+        written: None,
+        held: Held::Rounded(DType::Q8),
+    },
+    Format {
+        dtype: StoredType::Q5_K,
+        name: "q5_k",
+        ggml: 13,
+        block: (kquant::ELEMENTS, kquant::Q5_BYTES),
+        decode: |bytes, out| each(bytes, out, kquant::decode_q5),
+        written: None,
+        held: Held::Rounded(DType::Q8),
+    },
+    Format {
+        dtype: StoredType::Q2_K,
+        name: "q2_k",
+        ggml: 10,
+        block: (kquant::ELEMENTS, kquant::Q2_BYTES),
+        decode: |bytes, out| each(bytes, out, kquant::decode_q2),
+        written: None,
+        held: Held::Rounded(DType::Q8),
+    },
+    Format {
+        dtype: StoredType::Q3_K,
+        name: "q3_k",
+        ggml: 11,
+        block: (kquant::ELEMENTS, kquant::Q3_BYTES),
+        decode: |bytes, out| each(bytes, out, kquant::decode_q3),
+        written: None,
+        held: Held::Rounded(DType::Q8),
+    },
+    Format {
+        dtype: StoredType::IQ4_NL,
+        name: "iq4_nl",
+        ggml: 20,
+        block: (32, 18),
+        decode: |bytes, out| each(bytes, out, block32::decode_iq4_nl),
+        written: None,
+        held: Held::Q8(|block, out| out.push(block32::iq4_nl(block)), Fidelity::Exact),
+    },
+    Format {
+        dtype: StoredType::IQ4_XS,
+        name: "iq4_xs",
+        ggml: 23,
+        block: (kquant::ELEMENTS, kquant::IQ4_BYTES),
+        decode: |bytes, out| each(bytes, out, kquant::decode_iq4),
+        written: None,
+        held: Held::Q8(kquant::iq4_blocks, Fidelity::ScalesRounded),
+    },
+    Format {
+        dtype: StoredType::MXFP4,
+        name: "mxfp4",
+        ggml: 39,
+        block: (32, 17),
+        decode: |bytes, out| each(bytes, out, block32::decode_mxfp4),
+        written: None,
+        held: Held::Q8(|block, out| out.push(block32::mxfp4(block)), Fidelity::Exact),
+    },
+];
+
 impl StoredType {
+    /// Every type.
+    pub const ALL: [Self; FORMATS.len()] = {
+        let mut all = [Self::F32; FORMATS.len()];
+        let mut i = 0;
+        while i < all.len() {
+            assert!(FORMATS[i].dtype as usize == i, "rows are in the order of the types");
+            all[i] = FORMATS[i].dtype;
+            i += 1;
+        }
+        all
+    };
+
+    fn format(self) -> &'static Format {
+        &FORMATS[self as usize]
+    }
+
     /// Elements that are stored together.
     pub fn block_elements(self) -> usize {
-        match self {
-            Self::F32 | Self::F16 | Self::BF16 => 1,
-            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => 32,
-            Self::Q4_K | Self::Q6_K => kquant::ELEMENTS,
-        }
+        self.format().block.0
     }
 
     /// Bytes that `block_elements` take.
     pub fn block_bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-            Self::Q8_0 => 34,
-            Self::Q4_0 => 18,
-            Self::Q4_1 => 20,
-            Self::Q4_K => kquant::Q4_BYTES,
-            Self::Q6_K => kquant::Q6_BYTES,
-        }
+        self.format().block.1
     }
-
-    /// Every type.
-    pub const ALL: [Self; 8] = [
-        Self::F32,
-        Self::F16,
-        Self::BF16,
-        Self::Q8_0,
-        Self::Q4_0,
-        Self::Q4_1,
-        Self::Q4_K,
-        Self::Q6_K,
-    ];
 
     /// Its name in lower case.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::BF16 => "bf16",
-            Self::Q8_0 => "q8_0",
-            Self::Q4_0 => "q4_0",
-            Self::Q4_1 => "q4_1",
-            Self::Q4_K => "q4_k",
-            Self::Q6_K => "q6_k",
-        }
+        self.format().name
     }
 
     /// GGML's number of it, which GGUF files carry.
     pub fn ggml_number(self) -> u32 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Q4_0 => 2,
-            Self::Q4_1 => 3,
-            Self::Q8_0 => 8,
-            Self::Q4_K => 12,
-            Self::Q6_K => 14,
-            Self::BF16 => 30,
-        }
+        self.format().ggml
+    }
+
+    /// Whether files of it are written here; the others are only read.
+    pub fn is_written(self) -> bool {
+        self.format().written.is_some()
+    }
+
+    /// llama.cpp's number of a file that is mostly of this type, where such files are written.
+    pub(crate) fn file_type(self) -> Option<u32> {
+        self.format().written.as_ref().map(|written| written.file_type)
     }
 
     /// Whether elements are plain floats rather than blocks.
@@ -115,182 +331,92 @@ impl StoredType {
             _ => "float32",
         }
     }
+
+    /// As what a matrix of it rests in device memory, and how closely.
+    pub fn held_as(self) -> (DType, Fidelity) {
+        match self.format().held {
+            Held::Same(dtype) => (dtype, Fidelity::Same),
+            Held::Q8(_, fidelity) => (DType::Q8, fidelity),
+            Held::Q4(_, fidelity) => (DType::Q4, fidelity),
+            Held::Rounded(dtype) => (dtype, Fidelity::Rounded),
+        }
+    }
 }
 
 /// Appends the f32 values of whole blocks in `bytes` to `out`. The bytes need no alignment.
 pub(crate) fn dequantise(dtype: StoredType, bytes: &[u8], out: &mut Vec<f32>) {
-    match dtype {
-        StoredType::F32 => out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-        StoredType::F16 => {
-            out.extend(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()))
-        }
-        StoredType::BF16 => {
-            out.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()))
-        }
-        StoredType::Q8_0 => {
-            for block in bytes.as_chunks::<34>().0 {
-                let d = half_at(block, 0);
-                out.extend(block[2..].iter().map(|&q| d * f32::from(q as i8)));
-            }
-        }
-        StoredType::Q4_0 => {
-            for block in bytes.as_chunks::<18>().0 {
-                let d = half_at(block, 0);
-                out.extend(nibbles(&block[2..]).map(|q| d * (q - 8.0)));
-            }
-        }
-        StoredType::Q4_1 => {
-            for block in bytes.as_chunks::<20>().0 {
-                let (d, m) = (half_at(block, 0), half_at(block, 2));
-                out.extend(nibbles(&block[4..]).map(|q| d * q + m));
-            }
-        }
-        StoredType::Q4_K => {
-            bytes.as_chunks().0.iter().for_each(|block| kquant::decode_q4(block, out));
-        }
-        StoredType::Q6_K => {
-            bytes.as_chunks().0.iter().for_each(|block| kquant::decode_q6(block, out));
-        }
-    }
+    (dtype.format().decode)(bytes, out);
 }
 
-/// The little-endian bytes of values as a type, rounded to the nearest for floats. A block of [`StoredType::Q4_0`] has
-/// the scale that its largest magnitude needs, with the sign that puts it on -8; for the other types see
-/// `tensor::stored` and `kquant.rs`.
+/// Appends the little-endian bytes of values as a type, rounded to the nearest for floats; for the choice of scales see
+/// `block32.rs`, `tensor::stored` and `kquant.rs`.
 ///
 /// # Panics
-/// If the values are no whole blocks.
-pub(crate) fn quantise(dtype: StoredType, values: &[f32]) -> Vec<u8> {
+/// If the values are no whole blocks, or the type is only read.
+pub(crate) fn quantise(dtype: StoredType, values: &[f32], out: &mut Vec<u8>) {
     assert!(values.len().is_multiple_of(dtype.block_elements()), "{} values", values.len());
-    let blocks = values.as_chunks::<32>().0.iter();
-    match dtype {
-        StoredType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        StoredType::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-        StoredType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-        StoredType::Q8_0 => {
-            let bytes = |b: Q8Block| b.d.to_le_bytes().into_iter().chain(b.q.map(|q| q as u8));
-            blocks.map(q8_of).flat_map(bytes).collect()
-        }
-        StoredType::Q4_0 => blocks
-            .flat_map(|block| {
-                let most = block.iter().fold(0.0f32, |a, x| if x.abs() > a.abs() { *x } else { a });
-                let d = f16::from_f32(most / -8.0);
-                let inverse = if d.to_f32() == 0.0 { 0.0 } else { 1.0 / d.to_f32() };
-                let q = block.map(|x| (x * inverse + 8.0).round().clamp(0.0, 15.0) as u8);
-                d.to_le_bytes().into_iter().chain(packed(&q))
-            })
-            .collect(),
-        StoredType::Q4_1 => {
-            let bytes = |b: Q4Block| {
-                let numbers = b.d.to_le_bytes().into_iter().chain(b.m.to_le_bytes());
-                numbers.chain(packed(&b.q))
-            };
-            blocks.map(q4_of).flat_map(bytes).collect()
-        }
-        StoredType::Q4_K => values.as_chunks().0.iter().flat_map(kquant::encode_q4).collect(),
-        StoredType::Q6_K => values.as_chunks().0.iter().flat_map(kquant::encode_q6).collect(),
+    match &dtype.format().written {
+        Some(written) => (written.encode)(values, out),
+        None => panic!("{dtype:?} is only read"),
     }
 }
 
-/// Nibbles of a block: the first half in the low ones.
-fn packed(q: &[u8; 32]) -> [u8; 16] {
-    array::from_fn(|i| q[i] | q[i + 16] << 4)
-}
-
-/// GGML blocks as the rows of `columns` that kernels read: Q8_0 as [`crate::tensor::DType::Q8`], Q4_0 and Q4_1 as
-/// [`crate::tensor::DType::Q4`], exactly; Q4_K as the latter, with scales and minima rounded to f16.
-///
-/// # Panics
-/// On another type.
+/// Stored blocks as the rows of `columns` that kernels read, of the type that [`StoredType::held_as`] says.
 pub(crate) fn repack(dtype: StoredType, bytes: &[u8], columns: usize) -> Vec<u8> {
-    let half = |b: &[u8]| f16::from_le_bytes([b[0], b[1]]);
-    let q4 = |block: &[u8], m: f16, packed: &[u8]| Q4Block {
-        d: half(block),
-        m,
-        q: array::from_fn(|i| (packed[i % 16] >> (4 * (i / 16))) & 15),
-    };
-    match dtype {
-        StoredType::Q8_0 => {
-            let block =
-                |b: &[u8; 34]| Q8Block { d: half(b), q: array::from_fn(|i| b[2 + i] as i8) };
-            q8_rows(columns, bytes.as_chunks().0.iter().map(block))
+    let blocks = bytes.chunks_exact(dtype.block_bytes());
+    match dtype.format().held {
+        Held::Same(_) => bytes.to_vec(),
+        Held::Q8(split, _) => {
+            let mut all = Vec::with_capacity(blocks.len());
+            blocks.for_each(|block| split(block, &mut all));
+            q8_rows(columns, all.into_iter())
         }
-        StoredType::Q4_0 => {
-            // x = d (q - 8): the minimum is -8 d, exact but where it overflows f16.
-            let block = |b: &[u8; 18]| q4(b, f16::from_f32(-8.0 * half(b).to_f32()), &b[2..]);
-            q4_rows(columns, bytes.as_chunks().0.iter().map(block))
+        Held::Q4(split, _) => {
+            let mut all = Vec::with_capacity(blocks.len());
+            blocks.for_each(|block| split(block, &mut all));
+            q4_rows(columns, all.into_iter())
         }
-        StoredType::Q4_1 => {
-            let block = |b: &[u8; 20]| q4(b, half(&b[2..]), &b[4..]);
-            q4_rows(columns, bytes.as_chunks().0.iter().map(block))
+        Held::Rounded(to) => {
+            let mut values = Vec::new();
+            dequantise(dtype, bytes, &mut values);
+            match to {
+                DType::Q4 => q4_rows(columns, values.as_chunks().0.iter().map(q4_of)),
+                _ => q8_rows(columns, values.as_chunks().0.iter().map(q8_of)),
+            }
         }
-        StoredType::Q4_K => {
-            let blocks = bytes.as_chunks().0.iter().flat_map(kquant::q4_blocks);
-            q4_rows(columns, blocks)
-        }
-        other => panic!("{other:?} has no blocks that a kernel reads as they are"),
     }
 }
 
-fn half_at(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+/// Decodes the blocks of N bytes.
+fn each<const N: usize>(
+    bytes: &[u8],
+    out: &mut Vec<f32>,
+    decode: impl Fn(&[u8; N], &mut Vec<f32>),
+) {
+    bytes.as_chunks().0.iter().for_each(|block| decode(block, out));
 }
 
-/// The low nibbles of all bytes are the first half of a block, the high ones the second.
-fn nibbles(packed: &[u8]) -> impl Iterator<Item = f32> {
-    let low = packed.iter().map(|b| f32::from(b & 15));
-    low.chain(packed.iter().map(|b| f32::from(b >> 4)))
+/// Appends one block of N bytes for every 32 values.
+fn each_32<const N: usize>(
+    values: &[f32],
+    out: &mut Vec<u8>,
+    encode: impl Fn(&[f32; 32]) -> [u8; N],
+) {
+    out.reserve(values.len() / 32 * N);
+    values.as_chunks().0.iter().for_each(|block| out.extend_from_slice(&encode(block)));
+}
+
+/// Through a buffer that is aligned, since the file's bytes need not be, so that many are converted at once.
+fn decode_f16(bytes: &[u8], out: &mut Vec<f32>) {
+    let mut halves = [f16::ZERO; 512];
+    for piece in bytes.chunks(2 * halves.len()) {
+        let n = piece.len() / 2;
+        halves.iter_mut().zip(piece.as_chunks().0).for_each(|(h, b)| *h = f16::from_le_bytes(*b));
+        let first = out.len();
+        out.resize(first + n, 0.0);
+        halves[..n].convert_to_f32_slice(&mut out[first..]);
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_decode_as_ggml_defines_them() {
-        let packed: Vec<u8> = (0..16).map(|i| i | (15 - i) << 4).collect();
-        let half = |x: f32| f16::from_f32(x).to_le_bytes();
-        let expect = |x: fn(f32) -> f32| -> Vec<f32> {
-            (0..16).map(|i| x(i as f32)).chain((0..16).map(|i| x(15.0 - i as f32))).collect()
-        };
-        let decode = |dtype, bytes: Vec<u8>| {
-            let mut out = vec![];
-            dequantise(dtype, &bytes, &mut out);
-            out
-        };
-        let q4_0 = [&half(0.5)[..], &packed].concat();
-        assert_eq!(decode(StoredType::Q4_0, q4_0), expect(|q| 0.5 * (q - 8.0)));
-        let q4_1 = [&half(0.5)[..], &half(-3.0), &packed].concat();
-        assert_eq!(decode(StoredType::Q4_1, q4_1), expect(|q| 0.5 * q - 3.0));
-        let bytes: Vec<u8> = (0..32).map(|i| (i - 16) as i8 as u8).collect();
-        let q8_0 = decode(StoredType::Q8_0, [&half(0.25)[..], &bytes].concat());
-        assert_eq!(q8_0, (0..32).map(|i| 0.25 * (i - 16) as f32).collect::<Vec<_>>());
-        assert_eq!(decode(StoredType::BF16, vec![0x80, 0x3f, 0, 0xc0]), [1.0, -2.0]);
-        assert_eq!(decode(StoredType::F16, half(1.5).to_vec()), [1.5]);
-    }
-
-    #[test]
-    fn repacked_blocks_keep_their_values() {
-        use crate::tensor::{DType, stored};
-        let noise: Vec<u8> = (0..2 * 3 * 34).map(|i| (i * 89 + 7) as u8).collect();
-        for (dtype, block, to) in [
-            (StoredType::Q8_0, 34, DType::Q8),
-            (StoredType::Q4_0, 18, DType::Q4),
-            (StoredType::Q4_1, 20, DType::Q4),
-        ] {
-            let mut bytes = noise[..2 * 3 * block].to_vec();
-            for b in bytes.chunks_mut(block) {
-                // Finite scales.
-                let d = f16::from_f32(f32::from(b[5]) / 64.0);
-                b[..2].copy_from_slice(&d.to_le_bytes());
-                if dtype == StoredType::Q4_1 {
-                    b[2..4].copy_from_slice(&f16::from_f32(-1.5).to_le_bytes());
-                }
-            }
-            let mut expected = vec![];
-            dequantise(dtype, &bytes, &mut expected);
-            let rows = repack(dtype, &bytes, 96);
-            assert_eq!(stored::decode(&rows, 96, to), expected, "{dtype:?}");
-        }
-    }
-}
+mod tests;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
+use crate::model::gguf::split::first_part;
 use crate::model::hub;
 use crate::{Error, Result};
 
@@ -16,7 +17,7 @@ use crate::{Error, Result};
 pub(crate) enum Source {
     /// A folder with `config.json` and safetensors.
     Folder(PathBuf),
-    /// One `.gguf` file.
+    /// One `.gguf` file, or a part of a split one.
     Gguf(PathBuf),
 }
 
@@ -42,14 +43,15 @@ pub(crate) fn locate(path: &Path) -> Result<Source> {
             Err(_) => {}
         }
     }
-    let mut models = BTreeMap::<String, Vec<PathBuf>>::new();
+    // The parts of a split model are one.
+    let mut models = BTreeMap::<PathBuf, Vec<PathBuf>>::new();
     let mut pickled = false;
     for entry in std::fs::read_dir(path).map_err(|e| Error::io(path, e))? {
         let file = entry.map_err(|e| Error::io(path, e))?.path();
         let stem = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         pickled |= stem.starts_with("pytorch_model");
         if is_gguf(&file) {
-            models.entry(part_of(&stem).unwrap_or(&stem).to_owned()).or_default().push(file);
+            models.entry(first_part(&file)).or_default().push(file);
         }
     }
     models.values_mut().for_each(|parts| parts.sort());
@@ -85,14 +87,6 @@ pub(crate) fn locate(path: &Path) -> Result<Source> {
 
 fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
-}
-
-/// The name of a model that was split into files, from that of a part without its extension: `name-00001-of-00003`.
-fn part_of(stem: &str) -> Option<&str> {
-    let number = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
-    let (rest, count) = stem.rsplit_once("-of-")?;
-    let (name, part) = rest.rsplit_once('-')?;
-    (number(count) && number(part)).then_some(name)
 }
 
 /// Says of a link whose file is gone that it is one: what a hub's cache is left with when it was cleaned or cut off.
