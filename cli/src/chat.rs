@@ -21,7 +21,8 @@ pub struct ChatArgs {
 
 /// A key and its value; what is no JSON is text.
 fn told(text: &str) -> Result<(String, Value), String> {
-    let (key, value) = text.split_once('=').ok_or("KEY=JSON is expected, as enable_thinking=false")?;
+    let (key, value) =
+        text.split_once('=').ok_or("KEY=JSON is expected, as enable_thinking=false")?;
     let plain = |c: char| c.is_alphanumeric() || c == '_';
     if key.is_empty() || !key.chars().all(plain) {
         return Err(format!("{key:?} is no name that a template can read"));
@@ -29,7 +30,9 @@ fn told(text: &str) -> Result<(String, Value), String> {
     // A text needs no quotes, but what begins as a list or object must be one.
     let value = match serde_json::from_str(value) {
         Ok(value) => value,
-        Err(e) if value.starts_with(['{', '[', '"']) => return Err(format!("{value} is no JSON: {e}")),
+        Err(e) if value.starts_with(['{', '[', '"']) => {
+            return Err(format!("{value} is no JSON: {e}"));
+        }
         Err(_) => Value::from(value),
     };
     Ok((key.to_owned(), value))
@@ -64,7 +67,8 @@ pub fn template_of(tokenizer: &Tokenizer, options: &ChatOptions) -> Result<ChatT
 
 /// A JSON file, or stdin for `-`.
 pub fn read_json(path: &Path) -> Result<Value> {
-    serde_json::from_str(&read_text(path)?).with_context(|| format!("{} is no JSON", path.display()))
+    serde_json::from_str(&read_text(path)?)
+        .with_context(|| format!("{} is no JSON", path.display()))
 }
 
 /// The tokens of a conversation in which the user has said this and the model's turn comes. What the text spells of
@@ -75,14 +79,14 @@ pub fn user_message(tokenizer: &Tokenizer, text: &str, chat: &ChatArgs) -> Resul
     let render = |content: &str| {
         template.render_with(&[json!({ "role": "user", "content": content })], &options)
     };
-    let ids = tokenizer.encode(&render(text)?, false)?;
+    let ids = tokenizer.encode_chat(&render(text)?)?;
     let specials = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
     // Not in any text, and no template takes it apart.
     const HERE: &str = "\u{F8FE}here\u{F8FE}";
     let frame = render(HERE)?;
     let (before, behind) =
         frame.split_once(HERE).context("the chat template leaves out what the user says")?;
-    let [before, behind] = [tokenizer.encode(before, false)?, tokenizer.encode(behind, false)?];
+    let [before, behind] = [tokenizer.encode_chat(before)?, tokenizer.encode(behind, false)?];
     if specials(&ids) == specials(&before) + specials(&behind) {
         return Ok(ids);
     }
@@ -108,7 +112,9 @@ mod tests {
 
     #[test]
     fn a_turn_that_is_continued_is_not_begun_anew() {
-        let args = |told_: &[&str]| ChatArgs { chat_arg: told_.iter().map(|t| told(t).unwrap()).collect() };
+        let args = |told_: &[&str]| ChatArgs {
+            chat_arg: told_.iter().map(|t| told(t).unwrap()).collect(),
+        };
         assert!(args(&[]).options().unwrap().add_generation_prompt);
         assert!(!args(&["add_generation_prompt=false"]).options().unwrap().add_generation_prompt);
         assert!(!args(&["continue_final_message=true"]).options().unwrap().add_generation_prompt);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use demask_engine::model::StoredType;
+use demask_engine::model::{StoredType, Tokenizer, Weights};
 use demask_engine::model::merge::{convert, written_type};
 
 use crate::args::{Output, type_parser};
@@ -49,6 +49,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let mut hear = |share: f64| bar.set_position((share * 1000.0) as u64);
     convert(&args.model, &args.out, dtype, &mut hear)?;
     bar.finish_and_clear();
+    if args.out.extension().is_some_and(|extension| extension == "gguf") {
+        let (config, _) = Weights::open(&args.model)?;
+        let tokenizer = Tokenizer::for_model(&args.model, &config)?;
+        for note in tokenizer.otherwise_in_llama_cpp(&config)? {
+            args.output.notices().say(&note);
+        }
+    }
     args.output.model_written(&args.out, dtype)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -10,12 +10,12 @@ use anyhow::{Context, Result, ensure};
 use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Request, score};
 use demask_engine::model::{Llama, Tokenizer};
 use demask_engine::tune;
-use demask_trainer::data::read::edit_request;
+use demask_trainer::data::conversation::edit_request;
 use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs};
 use crate::chat::{ChatArgs, user_message};
-use crate::decoding::{DecodingArgs, mode_name, pass_rows};
+use crate::decoding::{DecodingArgs, endless, mode_name, pass_rows};
 use crate::patch::{ApplyArgs, Lines};
 use crate::show::Stream;
 use crate::steps::{Steps, StepsArgs};
@@ -109,6 +109,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu)?;
     let notices = args.common.notices();
+    if let Some(warning) = endless(&tokenizer, &model.config, true)? {
+        notices.say(&warning);
+    }
     let products = tune::products(&llama, &[1, pass_rows(&options), 512], false);
     args.tune.prepare(&gpu, &products, notices)?;
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs, read_text};
 use crate::chat::{ChatArgs, user_message};
-use crate::decoding::{DecodingArgs, block_length, mode_name, pass_rows, reason_name};
+use crate::decoding::{DecodingArgs, block_length, endless, mode_name, pass_rows, reason_name};
 use crate::show::{Live, Stream, answer_text, harmless};
 use crate::steps::{Steps, StepsArgs};
 use crate::tune::TuneArgs;
@@ -92,6 +92,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
         false => tokenizer.encode(&prompt, true)?,
     };
     let options = args.decoding.options("generate", &model.config, ids.len())?;
+    if let Some(warning) = endless(&tokenizer, &model.config, args.chat)? {
+        args.common.notices().say(&warning);
+    }
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu)?;
 

@@ -83,7 +83,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
         anyhow!("{place}: a list of messages is expected, as [{{\"role\": \"user\", \"content\": \"Hi\"}}]")
     })?;
     let template = match &args.template {
-        None => template_of(&tokenizer, &options).with_context(|| args.model.display().to_string())?,
+        None => {
+            template_of(&tokenizer, &options).with_context(|| args.model.display().to_string())?
+        }
         Some(named) => other(&tokenizer, named)?,
     };
     let text = template.render_with(messages, &options)?;
@@ -121,7 +123,9 @@ fn other(tokenizer: &Tokenizer, named: &str) -> Result<ChatTemplate> {
     let text = read_text(path).with_context(|| {
         let names = tokenizer.chat_template_names().join(", ");
         let names = if names.is_empty() { "none".into() } else { names };
-        format!("--template {named} is no file and no template of the tokenizer (it brings {names})")
+        format!(
+            "--template {named} is no file and no template of the tokenizer (it brings {names})"
+        )
     })?;
     tokenizer.chat_of(&text).with_context(|| named.to_owned())
 }

@@ -179,3 +179,87 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
     refused(source.path(), "no/such/folder/a.gguf", StoredType::F16, "no/such/folder");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
 }
+
+/// Ends and beginnings by any files: a GGUF file and the folder made of it mean what the first folder meant, and what
+/// llama.cpp makes otherwise of the file is said.
+#[test]
+fn ends_and_beginnings_go_along_both_ways() {
+    let (source, _) = source();
+    let dir = tempfile::tempdir().unwrap();
+    let [gguf, folder] = ["a.gguf", "again"].map(|name| dir.path().join(name));
+    let tokenizer = source.path().join("tokenizer.json");
+    let settings = source.path().join("tokenizer_config.json");
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&tokenizer).unwrap()).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&settings).unwrap()).unwrap();
+    config["bos_token"] = "<|endoftext|>".into();
+    let end = |name: &str| serde_json::json!({"SpecialToken": {"id": name, "type_id": 0}});
+    let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    let around = |single: serde_json::Value| {
+        let mut pair = single.as_array().unwrap().clone();
+        pair.push(serde_json::json!({"Sequence": {"id": "B", "type_id": 1}}));
+        serde_json::json!({
+            "type": "TemplateProcessing", "single": single, "pair": pair,
+            "special_tokens": {
+                "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]},
+                "<|im_end|>": {"id": "<|im_end|>", "ids": [6], "tokens": ["<|im_end|>"]},
+            },
+        })
+    };
+    let begins = around(serde_json::json!([end("<|endoftext|>"), text]));
+    let both = around(serde_json::json!([end("<|endoftext|>"), text, end("<|im_end|>")]));
+    let chatml = demask_engine::model::CHATML;
+    let written = format!("{{{{ bos_token }}}}{chatml}");
+    // <|endoftext|> is 0, <|im_end|> 6; both are ends to llama.cpp by their spelling.
+    let cases: [(&[u32], &serde_json::Value, &str, &[&str]); 8] = [
+        (&[0, 6], &serde_json::Value::Null, chatml, &[]),
+        (&[6, 0], &serde_json::Value::Null, chatml, &[]),
+        (&[0], &serde_json::Value::Null, chatml, &["also end an answer at <|im_end|>"]),
+        (&[0, 6, 40, 41], &begins, &written, &[]),
+        (&[0, 6, 40, 41, 42], &begins, &written, &["not end an answer at"]),
+        (&[0, 6], &begins, chatml, &["begin a conversation with <|endoftext|>"]),
+        (&[0, 6], &both, &written, &[]),
+        (&[], &serde_json::Value::Null, chatml, &["also end an answer at"]),
+    ];
+    for (ends, processor, template, notes) in cases {
+        json["post_processor"] = processor.clone();
+        config["chat_template"] = template.into();
+        std::fs::write(&tokenizer, json.to_string()).unwrap();
+        std::fs::write(&settings, config.to_string()).unwrap();
+        let generation = serde_json::json!({"eos_token_id": ends, "temperature": 0.5});
+        let file = |folder: &Path| folder.join("generation_config.json");
+        std::fs::write(file(source.path()), generation.to_string()).unwrap();
+        convert(source.path(), &gguf, StoredType::Q8_0, &mut |_| {}).unwrap();
+        convert(&gguf, &folder, StoredType::F32, &mut |_| {}).unwrap();
+        let read = |path: &Path| {
+            let (config, _) = Weights::open(path).unwrap();
+            let tokenizer = Tokenizer::for_model(path, &config).unwrap();
+            (config, tokenizer)
+        };
+        let (config, ours) = read(source.path());
+        let said = ours.otherwise_in_llama_cpp(&config).unwrap();
+        assert_eq!(said.len(), notes.len(), "{said:?}");
+        assert!(said.iter().zip(notes).all(|(said, note)| said.contains(note)), "{said:?}");
+        for place in [source.path(), &gguf, &folder] {
+            let (config, tokenizer) = read(place);
+            assert_eq!(config.eos_token_ids, ends, "{}", place.display());
+            for text in ["def f(x):", ""] {
+                assert_eq!(tokenizer.encode(text, true).unwrap(), ours.encode(text, true).unwrap());
+            }
+            let turns = [serde_json::json!({"role": "user", "content": "hi"})];
+            let told = |tokenizer: &Tokenizer| {
+                let chat = tokenizer.chat().unwrap().unwrap();
+                tokenizer.encode_chat(&chat.render(&turns, true).unwrap()).unwrap()
+            };
+            assert_eq!(told(&tokenizer), told(&ours), "{}", place.display());
+            assert_eq!(tokenizer.end_of_turn().unwrap(), Some(6));
+        }
+        // To a folder everything goes, also what nothing here reads.
+        let copy = dir.path().join("copy");
+        convert(source.path(), &copy, StoredType::F32, &mut |_| {}).unwrap();
+        let text = std::fs::read(file(&copy)).unwrap();
+        let written: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(written["temperature"], 0.5);
+    }
+}

@@ -619,6 +619,7 @@ impl Fresh {
             eos_token_ids: eos.into_iter().collect(),
             mask_token_id: mask,
             pad_token_id: None,
+            generation: serde_json::Map::new(),
             block_length: None,
             diffusion_attention: DiffusionAttention::default(),
             qkv_bias: false,

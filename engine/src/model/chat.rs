@@ -1,6 +1,6 @@
 //! Chat templates: a conversation as the text that a model was trained on, by the Jinja template that comes with its
 //! tokenizer. What is printed is what transformers 5 prints: the template is rewritten (`desugar.rs`) so that minijinja
-//! computes with Python's operators, methods and filters, and the conversation is prepared as `apply_chat_template` does.
+//! computes with Python's operators, methods and filters, and the conversation is prepared as by `apply_chat_template`.
 
 use std::ops::Range;
 
@@ -16,6 +16,7 @@ mod add;
 mod arguments;
 mod date;
 mod desugar;
+mod expression;
 mod filters;
 mod format;
 mod globals;
@@ -23,6 +24,7 @@ mod json;
 mod lexer;
 mod methods;
 mod python;
+mod text_filters;
 
 /// The template for a tokenizer that has ChatML's tokens and no template of its own.
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + \
@@ -75,7 +77,8 @@ impl ChatOptions {
     /// # Errors
     /// If it is `messages`, or a value of the wrong type.
     pub fn set(&mut self, name: &str, value: Value) -> Result<()> {
-        let wrong = |what: &str| Error::Request(format!("the chat template's {name} must be {what}"));
+        let wrong =
+            |what: &str| Error::Request(format!("the chat template's {name} must be {what}"));
         match (name, value) {
             ("messages" | "conversation", _) => return Err(wrong("given as the conversation")),
             ("add_generation_prompt", Value::Bool(on)) => self.add_generation_prompt = on,
@@ -103,9 +106,10 @@ impl ChatTemplate {
     /// # Errors
     /// If transformers would not compile it either: a syntax error, a filter or test that there is not.
     pub fn new(template: &str, settings: &Value) -> Result<ChatTemplate> {
-        let rewritten = desugar::desugar(template, &filters::exists, &globals::is_test).map_err(|e| {
-            Error::Request(format!("the chat template, line {}: {}", e.line, e.message))
-        })?;
+        let rewritten =
+            desugar::desugar(template, &filters::exists, &globals::is_test).map_err(|e| {
+                Error::Request(format!("the chat template, line {}: {}", e.line, e.message))
+            })?;
         let mut environment = Environment::empty();
         let mut syntax = SyntaxConfig::builder();
         // The last line end is already gone.
@@ -210,7 +214,9 @@ impl ChatTemplate {
         let mut continued = None;
         if let Some(field) = &options.continue_final_message {
             if options.add_generation_prompt {
-                return wrong("continue_final_message and add_generation_prompt exclude each other");
+                return wrong(
+                    "continue_final_message and add_generation_prompt exclude each other",
+                );
             }
             continued = Some(self.leave_open(last, field)?);
         }
@@ -256,7 +262,9 @@ impl ChatTemplate {
             false => vec![field],
         };
         if !fields.iter().any(|field| self.source.contains(field)) {
-            return wrong(format!("the chat template does not use {field:?}, so it cannot be continued"));
+            return wrong(format!(
+                "the chat template does not use {field:?}, so it cannot be continued"
+            ));
         }
         if let Some(parts) = message.get_mut(field).and_then(Value::as_array_mut) {
             let texts = parts.iter_mut().rev().filter_map(|part| part.get_mut("text"));

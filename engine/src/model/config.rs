@@ -5,9 +5,10 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 mod fields;
+pub(crate) mod generation;
 mod rope;
 
 use super::weights::source::read_capped;
@@ -66,16 +67,17 @@ pub struct LlamaConfig {
     pub tie_word_embeddings: bool,
     /// Context length in tokens the model was trained for.
     pub max_position_embeddings: usize,
-    /// Token that begins a text. Absent means 1, as in transformers' `LlamaConfig`; `null` means
-    /// none.
+    /// Token that begins a text. Absent from the `config.json` of a Llama means 1, as in transformers; `null` means none.
     pub bos_token_id: Option<u32>,
-    /// Tokens that end a text. Absent means 2, as in transformers' `LlamaConfig`; `null` means
-    /// none.
+    /// Tokens that end an answer, the one that ends a text first: those of `generation_config.json` where that file is,
+    /// else those of `config.json`. Absent or `null` means none, as for transformers' `generate`.
     pub eos_token_ids: Vec<u32>,
     /// Token that stands for a masked position. Not an HF Llama key; other loaders ignore it.
     pub mask_token_id: Option<u32>,
     /// Token that fills batches. Negative values, which some files carry, mean none.
     pub pad_token_id: Option<u32>,
+    /// What else `generation_config.json` says. Nothing here reads it; it goes where the model goes.
+    pub generation: Map<String, Value>,
     /// Diffusion block length in tokens the model was trained with. Ours; other loaders ignore it.
     pub block_length: Option<usize>,
     /// What the tokens see under diffusion. Absent in `config.json` means the block-causal mask. Ours, as above.
@@ -103,7 +105,7 @@ impl LlamaConfig {
         self.mask_token_id.is_some() && says
     }
 
-    /// Reads and checks `dir/config.json` (at most 1 MiB).
+    /// Reads and checks `dir/config.json`, and `dir/generation_config.json` if it is there (at most 1 MiB each).
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let bytes = read_capped(&path, MAX_CONFIG_BYTES)?;
@@ -113,7 +115,9 @@ impl LlamaConfig {
                 format!("not valid JSON ({e}); expected a Hugging Face config.json"),
             )
         })?;
-        Self::from_json(&value, &path)
+        let mut config = Self::from_json(&value, &path)?;
+        generation::read(dir, &mut config)?;
+        Ok(config)
     }
 
     /// Takes the parsed `config.json`; `path` only names the file in errors. The result is
@@ -159,13 +163,17 @@ impl LlamaConfig {
             qkv_bias,
             tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
             max_position_embeddings: fields.usize("max_position_embeddings")?.unwrap_or(2048),
-            bos_token_id: fields.ids("bos_token_id", &[1])?.first().copied(),
-            eos_token_ids: fields.ids("eos_token_id", &[2])?,
+            bos_token_id: {
+                let default: &[u32] = if qkv_bias { &[] } else { &[1] };
+                fields.ids("bos_token_id", default)?.first().copied()
+            },
+            eos_token_ids: fields.ids("eos_token_id", &[])?,
             mask_token_id: {
                 let named = fields.ids("mask_token_id", &[])?.first().copied();
                 named.or(diffcoder.then_some(DIFFCODER_MASK))
             },
             pad_token_id: fields.ids("pad_token_id", &[])?.first().copied(),
+            generation: Map::new(),
             block_length: fields.usize("block_length")?.or(diffcoder.then_some(DIFFCODER_BLOCK)),
             diffusion_attention: fields.word("diffusion_attention")?.unwrap_or_default(),
         };
@@ -177,18 +185,13 @@ impl LlamaConfig {
     /// values. `torch_dtype` is the type of the weights beside it: `float32`, `float16` or
     /// `bfloat16`.
     pub fn to_json(&self, torch_dtype: &str) -> Value {
-        let eos = match self.eos_token_ids.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            many => json!(many),
-        };
         let (model_type, architectures) = if self.qkv_bias { QWEN2 } else { LLAMA };
         let mut value = json!({
             "architectures": [architectures[0]],
             "attention_bias": false,
             "attention_dropout": 0.0,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos,
+            "eos_token_id": ids_json(&self.eos_token_ids),
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
@@ -345,6 +348,15 @@ impl LlamaConfig {
     pub fn num_parameters(&self) -> u64 {
         let elements = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
         self.parameters().iter().map(|(_, shape)| elements(shape)).sum()
+    }
+}
+
+/// Token ids as the files of a folder have them.
+fn ids_json(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [one] => json!(one),
+        many => json!(many),
     }
 }
 

@@ -13,12 +13,14 @@ use serde_json::{Value, json};
 
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
+use super::gguf::ends::Ends;
 use super::gguf::write::Meta;
 use super::weights::source::{Source, locate, map_file, read_capped};
 use crate::{Error, Result};
 
 mod bytes;
 mod check;
+mod ends;
 mod fim;
 mod from_gguf;
 mod settings;
@@ -27,7 +29,7 @@ mod to_gguf;
 
 use bytes::Scheme;
 pub use fim::{FIM_NAMES, Fim, FimOrder};
-use settings::{add_ends, default_settings, ends_to_add};
+use settings::{add_ends, default_settings};
 
 /// Largest `tokenizer.json` in bytes; Llama 3's has 17 MB. Parsing takes up to 40 times the file's
 /// size.
@@ -47,6 +49,8 @@ pub struct Tokenizer {
     /// Whether encoding prepended a space to the text, which decoding takes away.
     strip_space: bool,
     mask_token_id: Option<u32>,
+    /// Put before a conversation whose template does not write it.
+    chat_bos: Option<u32>,
     /// By name; the one that is taken, unless another is asked for, is called `default`.
     chat_templates: Vec<(String, String)>,
     /// Contents of `tokenizer_config.json`.
@@ -84,7 +88,7 @@ impl Tokenizer {
         let mut json: Value = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
         drop(bytes);
         check::sanitise(&path, &mut json)?;
-        let mut inner: tokenizers::Tokenizer = serde::Deserialize::deserialize(&json)
+        let inner: tokenizers::Tokenizer = serde::Deserialize::deserialize(&json)
             .map_err(|e: serde_json::Error| wrong(e.to_string()))?;
         check::check_ids(&path, &json, &inner)?;
         drop(json);
@@ -101,10 +105,8 @@ impl Tokenizer {
         if let Some(templates) = templates::in_files(dir)? {
             settings["chat_template"] = templates;
         }
-        if inner.get_post_processor().is_none() {
-            let (bos, eos) = ends_to_add(&settings, config, &inner);
-            add_ends(&path, &mut inner, bos, eos)?;
-        }
+        // What is put around a text is the post-processor's to say: beside a tokenizer.json, transformers (5.24) passes
+        // over add_bos_token and add_eos_token of tokenizer_config.json.
         Self::assemble(&path, inner, settings, config)
     }
 
@@ -112,27 +114,15 @@ impl Tokenizer {
     /// For `tokenizer.ggml.pre` "default", and where it is missing, GPT-2's splitting is taken.
     pub fn from_gguf(path: &Path, gguf: &Gguf, config: &LlamaConfig) -> Result<Self> {
         let mut inner = from_gguf::build(path, gguf)?;
-        let id = |key: &str| -> Result<Option<u32>> {
-            Ok(gguf.u64(key)?.and_then(|id| u32::try_from(id).ok()))
-        };
-        let sentencepiece = gguf.text("tokenizer.ggml.model")? == Some("llama");
-        let llama3 =
-            matches!(gguf.text("tokenizer.ggml.pre")?, Some("llama-bpe" | "llama3" | "llama-v3"));
-        let bos =
-            match gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(sentencepiece || llama3) {
-                true => id("tokenizer.ggml.bos_token_id")?.or(Some(1).filter(|_| sentencepiece)),
-                false => None,
-            };
-        let eos = match gguf.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false) {
-            true => id("tokenizer.ggml.eos_token_id")?,
-            false => None,
-        };
-        add_ends(path, &mut inner, bos, eos)?;
+        let ends = Ends::read(gguf)?;
+        let eos = ends.eos.filter(|_| ends.add_eos);
+        add_ends(path, &mut inner, ends.bos.filter(|_| ends.add_bos), eos)?;
         let mut settings = default_settings(&inner, config);
         if let Some(template) = gguf.text("tokenizer.chat_template")? {
             settings["chat_template"] = json!(template);
         }
-        Self::assemble(path, inner, settings, config)
+        let chat_bos = ends.bos.filter(|_| ends.add_chat_bos);
+        Ok(Self { chat_bos, ..Self::assemble(path, inner, settings, config)? })
     }
 
     fn assemble(
@@ -182,6 +172,7 @@ impl Tokenizer {
             pieces,
             strip_space: scheme.strip_space,
             mask_token_id: config.mask_token_id.or(named_mask),
+            chat_bos: None,
             chat_templates,
             settings,
             plain: OnceLock::new(),
@@ -201,6 +192,16 @@ impl Tokenizer {
     /// also adds the begin and end tokens that the model was trained with, if any.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         ids_of(&self.inner, text, add_special)
+    }
+
+    /// Token ids of a conversation that a chat template has written: special tokens are recognised, and none is added but
+    /// the one that a GGUF file puts before every text, where the template does not write it.
+    pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, false)?;
+        if let Some(bos) = self.chat_bos.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
     }
 
     /// Token ids of a text that is data, a file's: special tokens that it spells out become ordinary ones, and none is
@@ -273,7 +274,14 @@ impl Tokenizer {
 
     /// Name and contents of the files that make up the tokenizer in a Hugging Face folder.
     pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let settings = format!("{:#}\n", self.settings).into_bytes();
+        let mut settings = self.settings.clone();
+        // In a folder a conversation begins with what its template writes and with nothing else.
+        if let (Some(template), Some(_), false) =
+            (self.chat_template(), self.chat_bos, self.template_begins()?)
+        {
+            settings["chat_template"] = json!(format!("{{{{ bos_token }}}}{template}"));
+        }
+        let settings = format!("{settings:#}\n").into_bytes();
         let tokenizer = self.to_json()?.into_bytes();
         Ok(vec![
             ("tokenizer.json".to_owned(), tokenizer),

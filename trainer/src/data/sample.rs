@@ -8,11 +8,15 @@ use demask_engine::model::{ChatOptions, ChatTemplate, LlamaConfig, Tokenizer, We
 use demask_engine::philox::Philox;
 use serde_json::{Map, Value};
 
-use super::{Content, Document, Turn, fnv1a, turns};
+use super::{Content, Conversation, Document, fnv1a, turns};
 use crate::bpe;
 
 /// Set on a token that is read but neither masked nor predicted: a prompt's. Ids stay below 2^24.
 pub const GIVEN: u32 = 1 << 31;
+
+/// Fields of a message, beside its text, that a model learns to write or to answer.
+const FIELDS: [&str; 5] =
+    ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
 
 /// Keeps this stream apart from others drawn under the same user seed.
 const FIM: u64 = u64::from_le_bytes(*b"fim\0\0\0\0\0");
@@ -24,10 +28,18 @@ pub struct Vocabulary {
     /// For conversations: the template's special tokens count.
     chat: tokenizers::Tokenizer,
     template: Option<ChatTemplate>,
+    /// For conversations with tools, where the tokenizer has a template of its own for them.
+    for_tools: Option<ChatTemplate>,
     /// What the template is told of every conversation.
-    told: ChatOptions,
+    told: Map<String, Value>,
     special: Vec<String>,
     fim: Option<Fim>,
+    /// Put before each text.
+    begin: Vec<u32>,
+    /// Put before each conversation that does not begin with it.
+    chat_bos: Option<u32>,
+    /// What the chat template ends the assistant's turn with, if that is a token.
+    pub end_of_turn: Option<u32>,
     /// What ends a document.
     pub eos: u32,
     /// Ids are below this.
@@ -47,7 +59,8 @@ impl Vocabulary {
                 (config, tokenizer)
             }
         };
-        let eos = config.eos_token_ids.first().copied().with_context(|| {
+        let eos = config.eos_token_ids.first().copied().or(tokenizer.eos_token_id());
+        let eos = eos.with_context(|| {
             format!("{}: no token is known to end a text (eos_token)", path.display())
         })?;
         Self::new(&tokenizer, eos)
@@ -58,15 +71,20 @@ impl Vocabulary {
         let json = tokenizer.to_json()?;
         let chat = tokenizers::Tokenizer::from_bytes(&json)
             .map_err(|e| anyhow!("the tokenizer cannot be used for a corpus: {e}"))?;
+        let [begin, _] = tokenizer.around()?;
         let special = chat.get_added_tokens_decoder();
         let special = special.values().filter(|t| t.special).map(|t| t.content.clone()).collect();
         Ok(Vocabulary {
             text: bpe::for_corpus(&json)?,
             chat,
             template: tokenizer.chat()?,
-            told: ChatOptions::default(),
+            for_tools: tokenizer.chat_for(None, true)?,
+            told: Map::new(),
             special,
             fim: tokenizer.fim(),
+            begin,
+            chat_bos: tokenizer.chat_bos(),
+            end_of_turn: tokenizer.end_of_turn()?,
             eos,
             size: tokenizer.vocab_size(),
             files: tokenizer.files()?,
@@ -78,15 +96,16 @@ impl Vocabulary {
     /// # Errors
     /// If a value is of a type that its name does not take.
     pub fn tell(&mut self, variables: &Map<String, Value>) -> Result<()> {
-        self.told = turns::options(variables)?;
+        turns::options(variables)?;
+        self.told = variables.clone();
         Ok(())
     }
 
     /// What identifies the tokenizer: a hash of its files, and of what its chat template is told.
     pub fn fingerprint(&self) -> u64 {
-        let told = match self.told == ChatOptions::default() {
+        let told = match self.told.is_empty() {
             true => String::new(),
-            false => format!("{:?}", self.told),
+            false => Value::Object(self.told.clone()).to_string(),
         };
         let files = self.files.iter().flat_map(|(_, contents)| contents.iter().copied());
         fnv1a(files.chain(told.into_bytes()))
@@ -113,13 +132,42 @@ impl Vocabulary {
     }
 
     /// Whether a conversation spells a special token, and could end its own turn with it.
-    pub fn is_spoofed(&self, content: &Content) -> bool {
-        match content {
-            Content::Text(_) => false,
-            Content::Chat(turns) => turns
-                .iter()
-                .any(|t| self.special.iter().any(|special| t.content.contains(special.as_str()))),
+    pub fn is_spoofed(&self, chat: &Conversation) -> bool {
+        let spells = |text: &str| self.special.iter().any(|token| text.contains(token.as_str()));
+        chat.strings().into_iter().any(spells)
+    }
+
+    /// What of a conversation the chat template prints nothing of: a model must not learn to end its turn where it
+    /// called a tool.
+    pub fn without_place(&self, chat: &Conversation) -> Option<String> {
+        let template = self.template(&self.told(chat).ok()?)?;
+        // The conversation without one thing, by what that is.
+        let mut without: Vec<(String, Conversation)> = Vec::new();
+        for field in FIELDS.into_iter().filter(|f| chat.messages.iter().any(|m| m.get(f).is_some())) {
+            let mut less = chat.clone();
+            for message in less.messages.iter_mut().filter_map(Value::as_object_mut) {
+                message.shift_remove(field);
+            }
+            without.push((field.to_owned(), less));
         }
+        for name in ["tools", "documents"].into_iter().filter(|n| chat.variables.contains_key(*n)) {
+            let mut less = chat.clone();
+            less.variables.shift_remove(name);
+            without.push((name.to_owned(), less));
+        }
+        for (at, message) in chat.messages.iter().enumerate() {
+            let role = message["role"].as_str().unwrap_or_default();
+            if !["system", "user", "assistant"].contains(&role) {
+                let mut less = chat.clone();
+                less.messages.remove(at);
+                without.push((format!("role {role}"), less));
+            }
+        }
+        let text = |chat: &Conversation| template.render_with(&chat.messages, &self.told(chat).ok()?).ok();
+        // Where the template refuses the conversation, it says so itself when its tokens are made.
+        let whole = without.first().and_then(|_| text(chat))?;
+        let silent = without.into_iter().find(|(_, less)| text(less).as_ref() == Some(&whole));
+        silent.map(|(name, _)| name)
     }
 
     /// A document's tokens; those that are not learnt carry [`GIVEN`]. At `fim_rate`, a text is cut at two random
@@ -129,14 +177,15 @@ impl Vocabulary {
             Content::Text(text) => {
                 let hash = fnv1a(document.name.bytes());
                 let mut random = Philox::new(seed ^ FIM, [hash as u32, (hash >> 32) as u32, 0]);
-                match self.fim {
+                let ids = match self.fim {
                     Some(fim) if f64::from(random.uniform()) < fim_rate => {
-                        self.fill_in_the_middle(text, fim, &mut random)
+                        self.fill_in_the_middle(text, fim, &mut random)?
                     }
-                    _ => bpe::encode(&self.text, text),
-                }
+                    _ => bpe::encode(&self.text, text)?,
+                };
+                Ok(self.begin.iter().map(|id| id | GIVEN).chain(ids).collect())
             }
-            Content::Chat(turns) => self.conversation(turns),
+            Content::Chat(chat) => self.conversation(chat),
         }
     }
 
@@ -151,16 +200,30 @@ impl Vocabulary {
         Ok(ids)
     }
 
+    /// What the template is told of a conversation: what every one is told, and what stands beside this one.
+    fn told(&self, chat: &Conversation) -> Result<ChatOptions> {
+        let mut variables = self.told.clone();
+        variables.extend(chat.variables.clone());
+        turns::options(&variables)
+    }
+
+    fn template(&self, told: &ChatOptions) -> Option<&ChatTemplate> {
+        let for_tools = self.for_tools.as_ref().filter(|_| told.tools.is_some());
+        for_tools.or(self.template.as_ref())
+    }
+
     /// The template's text, cut where the assistant begins and ends, each piece tokenised alone: so the tokens before
     /// an answer are those of the prompt that asks for it.
-    fn conversation(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        let template = self.template.as_ref().context("the tokenizer has no chat template")?;
-        let messages = serde_json::to_value(turns)?;
-        let messages = messages.as_array().map_or(&[], Vec::as_slice);
+    fn conversation(&self, chat: &Conversation) -> Result<Vec<u32>> {
+        let told = self.told(chat)?;
+        let template = self.template(&told).context("the tokenizer has no chat template")?;
         let mut ids = Vec::new();
-        for part in turns::parts(template, messages, 0, &self.told)? {
+        for part in turns::parts(template, &chat.messages, chat.given, &told)? {
             let mark = if part.learnt { 0 } else { GIVEN };
             ids.extend(bpe::encode(&self.chat, &part.text)?.into_iter().map(|id| id | mark));
+        }
+        if let Some(bos) = self.chat_bos.filter(|bos| ids.first().map(|id| id & !GIVEN) != Some(*bos)) {
+            ids.insert(0, bos | GIVEN);
         }
         Ok(ids)
     }

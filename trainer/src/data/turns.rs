@@ -48,7 +48,8 @@ pub fn parts(
     given: usize,
     options: &ChatOptions,
 ) -> Result<Vec<Part>> {
-    let turns: Vec<usize> = (given..messages.len()).filter(|&i| is_assistant(&messages[i])).collect();
+    let turns: Vec<usize> =
+        (given..messages.len()).filter(|&i| is_assistant(&messages[i])).collect();
     let Some(&last) = turns.last() else { return Ok(Vec::new()) };
     if template.marks_generation() {
         return marked(template, messages, given, options);
@@ -166,7 +167,8 @@ fn find_body(
     other[turn]["content"] = HERE.into();
     let bare = json!({ "role": messages[turn]["role"], "content": HERE });
     // Of a message that only calls tools, the calls are the body.
-    let variants = if said.trim().is_empty() { vec![bare] } else { vec![other[turn].clone(), bare] };
+    let variants =
+        if said.trim().is_empty() { vec![bare] } else { vec![other[turn].clone(), bare] };
     for variant in variants {
         other[turn] = variant;
         // A template may want more of a content than to be a text.

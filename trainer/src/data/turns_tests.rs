@@ -2,7 +2,8 @@ use demask_engine::model::CHATML;
 
 use super::*;
 
-const GENERATION: &str = include_str!("../../../tests/golden/chat/templates/chatml-generation.jinja");
+const GENERATION: &str =
+    include_str!("../../../tests/golden/chat/templates/chatml-generation.jinja");
 const OPENED_THINK: &str = include_str!("../../../tests/golden/chat/templates/opened-think.jinja");
 const THINKING: &str = include_str!("../../../tests/golden/chat/templates/thinking.jinja");
 const TOOL_TAGS: &str = include_str!("../../../tests/golden/chat/templates/tool-tags.jinja");
@@ -22,7 +23,13 @@ fn shown(text: &str, messages: &[Value], given: usize) -> String {
 }
 
 fn two_turns() -> Vec<Value> {
-    vec![said("user", "A?"), said("assistant", "a."), said("user", "B?"), said("assistant", "b."), said("user", "C?")]
+    vec![
+        said("user", "A?"),
+        said("assistant", "a."),
+        said("user", "B?"),
+        said("assistant", "b."),
+        said("user", "C?"),
+    ]
 }
 
 #[test]
@@ -77,7 +84,11 @@ fn calls_of_tools_are_learnt_and_their_results_are_not() {
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     let told = options(json!({"tools": tools}).as_object().unwrap()).unwrap();
     let parts = parts(&template(TOOL_TAGS), &messages, 0, &told).unwrap();
-    assert!(parts[0].text.contains("<tools>\n{\"type\": \"function\", \"function\": {\"name\": \"f\"}}\n</tools>"));
+    assert!(
+        parts[0].text.contains(
+            "<tools>\n{\"type\": \"function\", \"function\": {\"name\": \"f\"}}\n</tools>"
+        )
+    );
 }
 
 #[test]
@@ -86,7 +97,10 @@ fn a_template_may_say_itself_what_is_learnt() {
     let expected = "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n[a.<|im_end|>]\n<|im_start|>user\nB?<|im_end|>\n\
         <|im_start|>assistant\n[b.<|im_end|>]";
     assert_eq!(shown(GENERATION, &messages, 0), expected);
-    assert_eq!(shown(GENERATION, &messages, 2), expected.replacen("[a.<|im_end|>]", "a.<|im_end|>", 1));
+    assert_eq!(
+        shown(GENERATION, &messages, 2),
+        expected.replacen("[a.<|im_end|>]", "a.<|im_end|>", 1)
+    );
 }
 
 #[test]

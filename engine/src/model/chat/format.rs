@@ -71,16 +71,17 @@ pub(super) fn percent(template: &str, value: &Value) -> Result<String> {
                 _ => zero = true,
             }
         }
-        let mut number = |chars: &mut std::iter::Peekable<std::str::Chars<'_>>| -> Result<Option<i128>> {
-            if chars.next_if_eq(&'*').is_some() {
-                return as_int(&next()?).map(Some).ok_or_else(|| error("* wants int"));
-            }
-            let mut digits = String::new();
-            while let Some(c) = chars.next_if(char::is_ascii_digit) {
-                digits.push(c);
-            }
-            Ok(digits.parse().ok())
-        };
+        let mut number =
+            |chars: &mut std::iter::Peekable<std::str::Chars<'_>>| -> Result<Option<i128>> {
+                if chars.next_if_eq(&'*').is_some() {
+                    return as_int(&next()?).map(Some).ok_or_else(|| error("* wants int"));
+                }
+                let mut digits = String::new();
+                while let Some(c) = chars.next_if(char::is_ascii_digit) {
+                    digits.push(c);
+                }
+                Ok(digits.parse().ok())
+            };
         if let Some(width) = number(&mut chars)? {
             if width < 0 {
                 spec.align = Some('<');
@@ -244,7 +245,8 @@ fn lookup(
             value = attribute(&value, &behind[..end])?;
             rest = &behind[end..];
         } else {
-            let (key, behind) = rest[1..].split_once(']').ok_or_else(|| error("Missing ']' in format string"))?;
+            let (key, behind) =
+                rest[1..].split_once(']').ok_or_else(|| error("Missing ']' in format string"))?;
             let index = key.parse::<i64>().map(Value::from);
             value = item(&value, &index.unwrap_or_else(|_| Value::from(key)))?;
             rest = behind;
@@ -330,7 +332,8 @@ fn parse(spec: &str) -> Result<Spec> {
     parsed.width = bounded(number(&mut at).unwrap_or(0))?;
     parsed.group = take(&mut at, ",_");
     if take(&mut at, ".").is_some() {
-        let precision = number(&mut at).ok_or_else(|| error("Format specifier missing precision"))?;
+        let precision =
+            number(&mut at).ok_or_else(|| error("Format specifier missing precision"))?;
         parsed.precision = Some(bounded(precision)?);
     }
     parsed.kind = take(&mut at, "bcdeEfFgGnosxX%");

@@ -2,8 +2,8 @@
 //! `desugar.rs` makes calls of.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use chrono::NaiveDateTime;
 use minijinja::value::{Object, ObjectRepr, ValueKind, ValueOrKwargs};
@@ -193,14 +193,12 @@ pub(super) fn install(environment: &mut Environment<'_>, now: fn() -> NaiveDateT
         let separator = separator.as_ref().map_or(", ".into(), text);
         Ok(Value::from_object(Joiner { separator, used: AtomicUsize::new(0) }))
     });
-    add::function(environment, "cycler", |_, arguments| {
-        match arguments.positional.is_empty() {
-            true => Err(error("at least one item has to be provided")),
-            false => Ok(Value::from_object(Cycler {
-                values: arguments.positional.clone(),
-                at: AtomicUsize::new(0),
-            })),
-        }
+    add::function(environment, "cycler", |_, arguments| match arguments.positional.is_empty() {
+        true => Err(error("at least one item has to be provided")),
+        false => Ok(Value::from_object(Cycler {
+            values: arguments.positional.clone(),
+            at: AtomicUsize::new(0),
+        })),
     });
     add::function(environment, "lipsum", |_, _| {
         Err(error("lipsum() makes no prompt that can be repeated"))
@@ -347,7 +345,10 @@ impl Object for Macro {
         let name = || text(&self.get_value(&Value::from("name")).unwrap_or_default());
         if !self.varargs && !more.is_empty() {
             let most = self.names.len();
-            return Err(error(format!("macro '{}' takes not more than {most} argument(s)", name())));
+            return Err(error(format!(
+                "macro '{}' takes not more than {most} argument(s)",
+                name()
+            )));
         }
         if let (false, Some((other, _))) = (self.kwargs, others.first()) {
             return Err(error(format!("macro '{}' takes no keyword argument '{other}'", name())));
@@ -408,9 +409,7 @@ impl Object for Cycler {
         _: &[Value],
     ) -> Result<Value> {
         match method {
-            "next" => {
-                Ok(self.values[self.at.fetch_add(1, SeqCst) % self.values.len()].clone())
-            }
+            "next" => Ok(self.values[self.at.fetch_add(1, SeqCst) % self.values.len()].clone()),
             "reset" => {
                 self.at.store(0, SeqCst);
                 Ok(Value::from(()))

@@ -38,13 +38,8 @@ pub(super) fn tojson(arguments: &Arguments) -> Result<Value> {
             _ => return Err(error("separators are two texts: between items, behind keys")),
         },
     };
-    let style = Style {
-        ascii: truth(ascii.as_ref()),
-        sort: truth(sort.as_ref()),
-        indent,
-        item,
-        key,
-    };
+    let style =
+        Style { ascii: truth(ascii.as_ref()), sort: truth(sort.as_ref()), indent, item, key };
     let mut out = String::new();
     write(&value.unwrap_or_default(), &style, 0, &mut out)?;
     Ok(Value::from(out))

@@ -116,7 +116,8 @@ fn ends(start: Option<&Value>, end: Option<&Value>, length: usize) -> Result<(us
 
 fn text_method(s: &str, name: &str, arguments: &Arguments) -> Result<Value> {
     let none = || arguments.bind::<0>(name, [], 0);
-    let is = |test: fn(char) -> bool| none().map(|_| Value::from(!s.is_empty() && s.chars().all(test)));
+    let is =
+        |test: fn(char) -> bool| none().map(|_| Value::from(!s.is_empty() && s.chars().all(test)));
     let required = |value: &Option<Value>| -> Result<String> {
         text_or_none(value.as_ref())?
             .map(str::to_owned)
@@ -153,7 +154,9 @@ fn text_method(s: &str, name: &str, arguments: &Arguments) -> Result<Value> {
             };
             Ok(Value::from(s.chars().any(wanted) && !s.chars().any(other)))
         }
-        "istitle" => none().map(|_| Value::from(s.chars().any(char::is_alphabetic) && title(s) == s)),
+        "istitle" => {
+            none().map(|_| Value::from(s.chars().any(char::is_alphabetic) && title(s) == s))
+        }
         "strip" | "lstrip" | "rstrip" => {
             let [chars] = arguments.bind(name, ["chars"], 0)?;
             Ok(Value::from(strip(s, text_or_none(chars.as_ref())?, name)))
@@ -167,7 +170,9 @@ fn text_method(s: &str, name: &str, arguments: &Arguments) -> Result<Value> {
             };
             let chars: Vec<char> = s.chars().collect();
             let (start, end) = ends(start.as_ref(), end.as_ref(), chars.len())?;
-            let Some(part) = chars.get(start..end.max(start)) else { return Ok(Value::from(false)) };
+            let Some(part) = chars.get(start..end.max(start)) else {
+                return Ok(Value::from(false));
+            };
             let part: String = part.iter().collect();
             for affix in affixes {
                 let affix = required(&Some(affix))?;
@@ -201,7 +206,8 @@ fn text_method(s: &str, name: &str, arguments: &Arguments) -> Result<Value> {
                 return Ok(Value::from(count));
             }
             let found = part.and_then(|part| {
-                let at = if name.starts_with('r') { part.rfind(&sought) } else { part.find(&sought) };
+                let at =
+                    if name.starts_with('r') { part.rfind(&sought) } else { part.find(&sought) };
                 at.map(|at| start + part[..at].chars().count())
             });
             match found {
@@ -382,7 +388,8 @@ fn split(s: &str, separator: Option<&str>, most: usize, from_the_end: bool) -> V
             let full = parts.len() == most;
             if let (Some(last), true) = (parts.last_mut(), full) {
                 let at = last.as_ptr() as usize - s.as_ptr() as usize;
-                *last = if end { s[..at + last.len()].trim_end_matches(is_space) } else { &s[at..] };
+                *last =
+                    if end { s[..at + last.len()].trim_end_matches(is_space) } else { &s[at..] };
             }
             parts
         }
@@ -398,7 +405,10 @@ pub(super) fn lines(s: &str, keep: bool) -> Vec<String> {
     let (mut lines, mut line) = (Vec::new(), String::new());
     let mut chars = s.chars().peekable();
     while let Some(c) = chars.next() {
-        let ends = matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
+        let ends = matches!(
+            c,
+            '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}'
+        );
         if !ends || keep {
             line.push(c);
         }
@@ -432,7 +442,9 @@ pub(super) fn parse_int(s: &str, base: u32) -> Option<Value> {
         marks.iter().find_map(|mark| digits.strip_prefix(mark))
     };
     let (base, digits) = match base {
-        0 => [2, 8, 16].into_iter().find_map(|b| prefixed(b).map(|d| (b, d))).unwrap_or((10, digits)),
+        0 => {
+            [2, 8, 16].into_iter().find_map(|b| prefixed(b).map(|d| (b, d))).unwrap_or((10, digits))
+        }
         base => (base, prefixed(base).unwrap_or(digits)),
     };
     if !(2..=36).contains(&base) || digits.starts_with(['+', '-']) {

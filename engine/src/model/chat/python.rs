@@ -351,10 +351,9 @@ pub(super) fn add(a: &Value, b: &Value) -> Result<Value> {
         (Some(x), Some(y)) => x.checked_add(y).map(int).ok_or_else(|| error("overflow of +")),
         _ => match (as_float(a), as_float(b)) {
             (Some(x), Some(y)) => Ok(Value::from(x + y)),
-            _ if a.as_str().is_some() && !b.is_undefined() => Err(error(format!(
-                "can only concatenate str (not \"{}\") to str",
-                type_name(b)
-            ))),
+            _ if a.as_str().is_some() && !b.is_undefined() => {
+                Err(error(format!("can only concatenate str (not \"{}\") to str", type_name(b))))
+            }
             _ => Err(unsupported("+", a, b)),
         },
     }
@@ -402,10 +401,9 @@ pub(super) fn contains(needle: &Value, haystack: &Value) -> Result<bool> {
         }
         _ => match items(haystack) {
             Ok(values) => Ok(values.contains(needle)),
-            Err(_) => Err(error(format!(
-                "argument of type '{}' is not iterable",
-                type_name(haystack)
-            ))),
+            Err(_) => {
+                Err(error(format!("argument of type '{}' is not iterable", type_name(haystack))))
+            }
         },
     }
 }
@@ -444,11 +442,7 @@ pub(super) fn compare(operator: &str, a: &Value, b: &Value) -> Result<Option<Ord
 }
 
 /// Sorts as Python does, stably; an error of `compare` is the result's.
-pub(super) fn sort<T>(
-    values: &mut [T],
-    reverse: bool,
-    key: impl Fn(&T) -> Value,
-) -> Result<()> {
+pub(super) fn sort<T>(values: &mut [T], reverse: bool, key: impl Fn(&T) -> Value) -> Result<()> {
     let mut failed = None;
     values.sort_by(|a, b| {
         let (a, b) = (key(a), key(b));

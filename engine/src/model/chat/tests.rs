@@ -16,15 +16,21 @@ fn chatml_opens_the_answer_and_a_refusal_is_passed_on() {
     assert_eq!(said, "the chat template, line 2: no user");
     assert_eq!(refused("\n\n{% for"), "the chat template, line 3: a tag has no end");
     let said = refused("{%\n  if true %}\n{{ 1 | nope }}");
-    assert_eq!(said, "the chat template, line 1: unexpected end of template: {% if %} is not closed");
-    assert_eq!(refused("\n{% macro f() %}{{ nothing.x }}{% endmacro %}\n{{ f() }}"), 
-        "the chat template, line 2: attribute \"x\" of an undefined value is asked for");
+    assert_eq!(
+        said,
+        "the chat template, line 1: unexpected end of template: {% if %} is not closed"
+    );
+    assert_eq!(
+        refused("\n{% macro f() %}{{ nothing.x }}{% endmacro %}\n{{ f() }}"),
+        "the chat template, line 2: attribute \"x\" of an undefined value is asked for"
+    );
 }
 
 #[test]
 fn special_tokens_are_those_of_the_tokenizer() {
     let settings = json!({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": null});
-    let text = render("{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}", &settings).unwrap();
+    let text =
+        render("{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}", &settings).unwrap();
     assert_eq!(text, "<s></s>False");
 }
 
@@ -37,16 +43,26 @@ fn options_by_name() {
     options.set("enable_thinking", json!(false)).unwrap();
     assert!(!options.add_generation_prompt);
     assert_eq!(options.continue_final_message.as_deref(), Some("content"));
-    let chat = ChatTemplate::new("{{ tools }}{{ enable_thinking }}{{ messages[0].content }}!", &Value::Null).unwrap();
+    let chat = ChatTemplate::new(
+        "{{ tools }}{{ enable_thinking }}{{ messages[0].content }}!",
+        &Value::Null,
+    )
+    .unwrap();
     let messages = [json!({"role": "assistant", "content": "a b "})];
     assert_eq!(chat.render_with(&messages, &options).unwrap(), "[{'a': 1}]Falsea b ");
-    for (name, value) in [("messages", json!([])), ("add_generation_prompt", json!(1)), ("continue_final_message", json!(2))] {
+    for (name, value) in [
+        ("messages", json!([])),
+        ("add_generation_prompt", json!(1)),
+        ("continue_final_message", json!(2)),
+    ] {
         assert!(options.set(name, value).unwrap_err().to_string().contains(name));
     }
     options.set("tools", json!({"a": 1})).unwrap();
     assert!(chat.render_with(&messages, &options).unwrap_err().to_string().contains("tools"));
     let options = ChatOptions::new(true);
-    assert!(chat.render_with(&[], &options).unwrap_err().to_string().contains("at least one message"));
+    assert!(
+        chat.render_with(&[], &options).unwrap_err().to_string().contains("at least one message")
+    );
     assert!(chat.render_with(&[json!("hi")], &options).unwrap_err().to_string().contains("object"));
 }
 
@@ -55,15 +71,28 @@ fn what_a_template_encloses_is_found_in_its_text() {
     let template = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'a' %}{% generation %}é{{ m.content }}\
         {% endgeneration %}{% endif %}{% endfor %}";
     let chat = ChatTemplate::new(template, &Value::Null).unwrap();
-    let messages = [json!({"role": "a", "content": "x"}), json!({"role": "b"}), json!({"role": "a", "content": "y"})];
+    let messages = [
+        json!({"role": "a", "content": "x"}),
+        json!({"role": "b"}),
+        json!({"role": "a", "content": "y"}),
+    ];
     let (text, places) = chat.render_marked(&messages, &ChatOptions::default()).unwrap();
     assert_eq!(text, "<a>éx<b><a>éy");
     assert_eq!(places, [3..6, 12..15]);
     assert!(chat.marks_generation());
     let changed = "{% set t %}{% generation %} {{ messages[0].content }} {% endgeneration %}{% endset %}{{ t | trim | length }}";
     let chat = ChatTemplate::new(changed, &Value::Null).unwrap();
-    assert!(chat.render_marked(&messages, &ChatOptions::default()).unwrap_err().to_string().contains("generation"));
-    assert!(!ChatTemplate::new("{% raw %}generation{% endraw %}", &Value::Null).unwrap().marks_generation());
+    assert!(
+        chat.render_marked(&messages, &ChatOptions::default())
+            .unwrap_err()
+            .to_string()
+            .contains("generation")
+    );
+    assert!(
+        !ChatTemplate::new("{% raw %}generation{% endraw %}", &Value::Null)
+            .unwrap()
+            .marks_generation()
+    );
 }
 
 /// What Python prints for the same time.

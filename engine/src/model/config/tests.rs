@@ -21,6 +21,7 @@ pub(crate) fn tiny() -> LlamaConfig {
         eos_token_ids: vec![2, 7],
         mask_token_id: Some(5),
         pad_token_id: None,
+        generation: Map::new(),
         block_length: Some(4),
         diffusion_attention: DiffusionAttention::Causal,
     }
@@ -63,7 +64,7 @@ fn absent_fields_default_as_in_transformers() {
     assert_eq!((config.num_key_value_heads, config.head_dim), (4, 16));
     assert_eq!(
         (config.bos_token_id, config.eos_token_ids.as_slice(), config.pad_token_id),
-        (Some(1), &[2][..], None)
+        (Some(1), &[][..], None)
     );
     assert_eq!((config.rope_theta, config.rms_norm_eps), (500_000.0, 1e-6));
     assert_eq!((config.rope_scaling, config.tie_word_embeddings), (None, false));
@@ -166,5 +167,35 @@ fn llama3_frequencies_keep_short_waves_and_stretch_long_ones() {
             w if w > 8192.0 => assert_eq!(factor, 8.0),
             _ => assert!(factor > 1.0 && factor < 8.0),
         }
+    }
+}
+
+/// The table that transformers itself filled in (`tests/golden/generate_ends.py`).
+#[test]
+fn ends_are_those_of_transformers() {
+    let scratch = crate::model::weights::tests::Scratch::new("ends");
+    for case in crate::model::gguf::ends::tests::golden()["folder_ends"].as_array().unwrap() {
+        let file = scratch.0.join(generation::FILE);
+        match &case["generation_config"] {
+            Value::Null => drop(std::fs::remove_file(&file)),
+            generation => std::fs::write(&file, generation.to_string()).unwrap(),
+        }
+        scratch.write("config.json", case["config"].to_string());
+        let config = LlamaConfig::read(&scratch.0).unwrap();
+        assert_eq!(json!(config.eos_token_ids), case["ends"], "{case}");
+        // What is written says the same, and whatever else the file said.
+        let written = generation::to_json(&config);
+        std::fs::write(&file, written.to_string()).unwrap();
+        scratch.write("config.json", config.to_json("float32").to_string());
+        assert_eq!(LlamaConfig::read(&scratch.0).unwrap(), config);
+        assert_eq!(written.get("top_p"), case["generation_config"].get("top_p"));
+        assert_eq!(written.get("_from_model_config"), None);
+    }
+    let faults =
+        [("{", "not valid JSON"), ("[]", "not an object"), (r#"{"eos_token_id": 8}"#, "8 is not below")];
+    for (content, part) in faults {
+        std::fs::write(scratch.0.join(generation::FILE), content).unwrap();
+        let error = LlamaConfig::read(&scratch.0).unwrap_err().to_string();
+        assert!(error.contains(generation::FILE) && error.contains(part), "{error}");
     }
 }

@@ -2,6 +2,7 @@
 //! Not here: the container (`gguf.rs`).
 
 use super::Gguf;
+use super::ends::Ends;
 use crate::model::config::{DiffusionAttention, LlamaConfig, RopeScaling};
 use crate::model::weights::quant::dequantise;
 use crate::{Error, Result};
@@ -168,9 +169,7 @@ pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
             Some(Err(_)) => Err(Error::model(path, format!("metadata {key} is not a token id"))),
         }
     };
-    // Chat models end a turn with a token of its own.
-    let mut ends: Vec<u32> = id("tokenizer.ggml.eos_token_id")?.into_iter().collect();
-    ends.extend(id("tokenizer.ggml.eot_token_id")?.filter(|eot| !ends.contains(eot)));
+    let ends = Ends::read(gguf)?;
     let mut config = LlamaConfig {
         vocab_size,
         hidden_size,
@@ -186,10 +185,11 @@ pub(crate) fn config(gguf: &Gguf, bytes: &[u8]) -> Result<LlamaConfig> {
         qkv_bias: architecture == QWEN2,
         tie_word_embeddings: shape("output.weight").is_none(),
         max_position_embeddings: need(gguf, &key("context_length"))?,
-        bos_token_id: id("tokenizer.ggml.bos_token_id")?,
-        eos_token_ids: ends,
+        bos_token_id: ends.bos,
+        eos_token_ids: ends.ends,
         mask_token_id: id("tokenizer.ggml.mask_token_id")?,
         pad_token_id: id("tokenizer.ggml.padding_token_id")?,
+        generation: serde_json::Map::new(),
         block_length: size(gguf, "demask.block_length")?,
         diffusion_attention: match gguf.text("demask.diffusion_attention")? {
             None => DiffusionAttention::default(),

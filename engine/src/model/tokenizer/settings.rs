@@ -30,29 +30,6 @@ pub(super) fn default_settings(inner: &tokenizers::Tokenizer, config: &LlamaConf
     settings
 }
 
-/// Begin and end tokens that `tokenizer_config.json` asks for where `tokenizer.json` does not say.
-/// transformers' LlamaTokenizer adds the begin token unless told otherwise.
-pub(super) fn ends_to_add(
-    settings: &Value,
-    config: &LlamaConfig,
-    inner: &tokenizers::Tokenizer,
-) -> (Option<u32>, Option<u32>) {
-    let is_llama = settings["tokenizer_class"]
-        .as_str()
-        .is_some_and(|class| class.starts_with("LlamaTokenizer"));
-    let id = |name: &str| {
-        let token = &settings[name];
-        let token = token.as_str().or(token["content"].as_str());
-        token.and_then(|token| inner.token_to_id(token))
-    };
-    let wanted = |name: &str, default: bool| settings[name].as_bool().unwrap_or(default);
-    let bos = id("bos_token").or(config.bos_token_id).filter(|_| wanted("add_bos_token", is_llama));
-    let eos = id("eos_token")
-        .or(config.eos_token_ids.first().copied())
-        .filter(|_| wanted("add_eos_token", false));
-    (bos, eos)
-}
-
 /// Makes `encode(…, true)` put these tokens around a text.
 pub(super) fn add_ends(
     path: &Path,

@@ -91,8 +91,14 @@ impl Tokenizer {
         let template = match name {
             Some(name) => Some(self.template_named(name).ok_or_else(|| {
                 let names = names();
-                let known = if names.is_empty() { "it brings none".into() } else { format!("there are {names}") };
-                Error::Request(format!("the tokenizer has no chat template called {name:?}; {known}"))
+                let known = if names.is_empty() {
+                    "it brings none".into()
+                } else {
+                    format!("there are {names}")
+                };
+                Error::Request(format!(
+                    "the tokenizer has no chat template called {name:?}; {known}"
+                ))
             })?),
             None => {
                 let for_tools = self.template_named(TOOLS).filter(|_| tools);
