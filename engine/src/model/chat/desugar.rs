@@ -170,7 +170,7 @@ impl Writer<'_> {
                 if p.skip("=") {
                     let value = p.tuple(true)?.text;
                     match target.contains(',') {
-                        true => format!("set {target} = {}({value}, true)", names::ITERATE),
+                        true => format!("set {target} = {}({value}, false)", names::ITERATE),
                         false => format!("set {target} = {value}"),
                     }
                 } else {
