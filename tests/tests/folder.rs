@@ -277,7 +277,9 @@ fn a_snapshot_of_links_opens() {
     let files = case.folder(work.path());
     let repository = work.path().join("models--some-org--tiny");
     let (blobs, snapshot) = (repository.join("blobs"), repository.join("snapshots/abc"));
-    [&blobs, &snapshot, &repository.join("refs")].map(|f| std::fs::create_dir_all(f).unwrap());
+    for folder in [&blobs, &snapshot, &repository.join("refs")] {
+        std::fs::create_dir_all(folder).unwrap();
+    }
     std::fs::write(repository.join("refs/main"), "abc").unwrap();
     for (i, name) in ["config.json", "model.safetensors"].iter().enumerate() {
         std::fs::copy(files.join(name), blobs.join(i.to_string())).unwrap();
@@ -294,7 +296,7 @@ fn a_folder_of_several_files_says_which_there_are() {
     let work = tempfile::tempdir().unwrap();
     let names =
         ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.Q4_K_M.gguf", "c.GGUF", "d.txt"];
-    names.map(|name| std::fs::write(work.path().join(name), "x").unwrap());
+    names.iter().for_each(|name| std::fs::write(work.path().join(name), "x").unwrap());
     let error = Weights::open(work.path()).err().unwrap().to_string();
     let told = "holds 3 GGUF models: a-00001-of-00002.gguf (2 parts), b.Q4_K_M.gguf, c.GGUF; name the one you mean, as in";
     assert!(error.contains(told), "{error}");

@@ -207,7 +207,8 @@ mod tests {
     fn what_is_not_there_says_how_to_get_it() {
         let cache = cache("hub-missing");
         let refused = |name: &str, words: &[&str]| {
-            let error = resolve_in(Path::new(name), Some(cache.0.as_path())).unwrap_err().to_string();
+            let error =
+                resolve_in(Path::new(name), Some(cache.0.as_path())).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{name}: {error}");
         };
         refused("some-org/other", &["hf download some-org/other`", "HF_HOME", "no such file"]);
