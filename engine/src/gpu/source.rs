@@ -25,6 +25,7 @@ const SHARED: &[(&str, &str)] = &[
     ("stage", include_str!("../../../shaders/shared/stage.wgsl")),
     ("swizzle", include_str!("../../../shaders/shared/swizzle.wgsl")),
     ("tile", include_str!("../../../shaders/shared/tile.wgsl")),
+    ("weigh", include_str!("../../../shaders/shared/weigh.wgsl")),
     ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
     ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),
     ("weight_f32", include_str!("../../../shaders/shared/weight_f32.wgsl")),
