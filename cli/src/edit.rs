@@ -103,8 +103,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let path = args.model.model.display();
     let tokenizer = Tokenizer::for_model(&args.model.model, &model.config)?;
     let draft = args.apply.open(&args.file)?;
-    let prompt = user_message(&tokenizer, &edit_request(&draft.text, &args.instruction), &args.chat)
-        .with_context(|| path.to_string())?;
+    let prompt =
+        user_message(&tokenizer, &edit_request(&draft.text, &args.instruction), &args.chat)
+            .with_context(|| path.to_string())?;
     let options = args.decoding.options("edit", &model.config, prompt.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu, notices)?;

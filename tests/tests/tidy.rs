@@ -11,7 +11,7 @@ const FLOORS: &[&str] = &[
     "error Error Result philox",
     "gpu",
     "tensor autograd",
-    "ops",
+    "ops numerics",
     "model selftest",
     "tune",
     "decode",

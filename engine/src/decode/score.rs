@@ -115,8 +115,8 @@ fn difference(p: &[f32], q: &[f32], target: usize) -> Difference {
     let pairs = p.iter().zip(q).map(|(&a, &b)| (f64::from(a) - p_norm, f64::from(b) - q_norm));
     let kl: f64 = pairs.map(|(p, q)| p.exp() * (p - q)).sum();
     let logprobs = [f64::from(p[target]) - p_norm, f64::from(q[target]) - q_norm];
-    // Rounding may put equal distributions a hair below 0.
-    Difference { kl: kl.max(0.0), same_top: p_top == q_top, logprobs }
+    // Rounding may put equal distributions a hair below 0; `max` would take NaN for one of these.
+    Difference { kl: if kl < 0.0 { 0.0 } else { kl }, same_top: p_top == q_top, logprobs }
 }
 
 /// Reads a text piece by piece over a cache.
@@ -279,5 +279,6 @@ mod tests {
         assert!((d.logprobs[1] - 0.5f64.ln()).abs() < 1e-6);
         assert_eq!(difference(&p, &p, 0).kl, 0.0);
         assert!(!difference(&p, &[0.0, 1.0], 0).same_top);
+        assert!(difference(&p, &[0.0, f32::NAN], 0).kl.is_nan());
     }
 }

@@ -211,6 +211,8 @@ struct Params {
     scale: f32,
     rows: u32,
     splits: u32,
+    /// 0, for `weigh`.
+    zero: f32,
 }
 
 /// See the module's page. Gradients flow into q, k and v.
@@ -339,6 +341,7 @@ impl Call {
             scale: 1.0 / (h as f32).sqrt(),
             rows: (batch * tq * heads) as u32,
             splits: 1,
+            zero: 0.0,
         };
         let shared = (heads / kv_heads) as u32;
         let spans = options.spans.clone();

@@ -13,10 +13,10 @@ use anyhow::{Context, Result, bail, ensure};
 use demask_engine::philox::Philox;
 use serde::{Deserialize, Serialize};
 
+use super::Content;
 use super::contamination::Contamination;
 use super::filter::{Reason, Report};
 use super::fnv1a;
-use super::Content;
 use super::read::{LOT, LeftOut, Part, parts};
 use super::recipe::{CorpusRecipe, Format};
 use super::sample::Vocabulary;

@@ -399,7 +399,11 @@ fn a_dataset_is_reused_only_with_the_same_evaluation_sets() {
 }
 
 /// Builds a dataset of one JSONL file by its columns alone, with the tokenizer's template replaced if one is given.
-fn built(folder: &Path, rows: &[serde_json::Value], template: Option<&str>) -> (Result<Dataset>, Tokenizer) {
+fn built(
+    folder: &Path,
+    rows: &[serde_json::Value],
+    template: Option<&str>,
+) -> (Result<Dataset>, Tokenizer) {
     let lines: Vec<String> = rows.iter().map(serde_json::Value::to_string).collect();
     write(folder, "chat.jsonl", lines.join("\n"));
     let (vocabulary, tokenizer) = vocabulary();
@@ -414,10 +418,8 @@ fn built(folder: &Path, rows: &[serde_json::Value], template: Option<&str>) -> (
             (Vocabulary::open(&place).unwrap(), Tokenizer::from_folder(&place, &config).unwrap())
         }
     };
-    let recipe = CorpusRecipe {
-        held_out: 0.0,
-        ..CorpusRecipe::of_paths(&[folder.join("chat.jsonl")], &[])
-    };
+    let recipe =
+        CorpusRecipe { held_out: 0.0, ..CorpusRecipe::of_paths(&[folder.join("chat.jsonl")], &[]) };
     (build(&recipe, &vocabulary, &folder.join("out"), &|_| true), tokenizer)
 }
 
@@ -455,7 +457,8 @@ fn what_a_template_has_no_place_for_is_refused_by_name() {
     let expected = "⟨<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟩Let me see.[f 1]<|im_end|>\n\
         ⟨<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n⟩It is 7.<|im_end|>\n";
     assert_eq!(texts(&dataset.unwrap(), &tokenizer, false), [expected]);
-    let silent = template.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}");
+    let silent =
+        template.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}");
     let folder = tempfile::tempdir().unwrap();
     let (dataset, _) = built(folder.path(), &rows[..1], Some(&silent));
     let error = dataset.err().unwrap().to_string();

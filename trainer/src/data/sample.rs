@@ -144,7 +144,8 @@ impl Vocabulary {
         let template = self.template(&self.told(chat).ok()?)?;
         // The conversation without one thing, by what that is.
         let mut without: Vec<(String, Conversation)> = Vec::new();
-        for field in FIELDS.into_iter().filter(|f| chat.messages.iter().any(|m| m.get(f).is_some())) {
+        for field in FIELDS.into_iter().filter(|f| chat.messages.iter().any(|m| m.get(f).is_some()))
+        {
             let mut less = chat.clone();
             for message in less.messages.iter_mut().filter_map(Value::as_object_mut) {
                 message.shift_remove(field);
@@ -164,7 +165,8 @@ impl Vocabulary {
                 without.push((format!("role {role}"), less));
             }
         }
-        let text = |chat: &Conversation| template.render_with(&chat.messages, &self.told(chat).ok()?).ok();
+        let text =
+            |chat: &Conversation| template.render_with(&chat.messages, &self.told(chat).ok()?).ok();
         // Where the template refuses the conversation, it says so itself when its tokens are made.
         let whole = without.first().and_then(|_| text(chat))?;
         let silent = without.into_iter().find(|(_, less)| text(less).as_ref() == Some(&whole));
@@ -223,7 +225,9 @@ impl Vocabulary {
             let mark = if part.learnt { 0 } else { GIVEN };
             ids.extend(bpe::encode(&self.chat, &part.text)?.into_iter().map(|id| id | mark));
         }
-        if let Some(bos) = self.chat_bos.filter(|bos| ids.first().map(|id| id & !GIVEN) != Some(*bos)) {
+        if let Some(bos) =
+            self.chat_bos.filter(|bos| ids.first().map(|id| id & !GIVEN) != Some(*bos))
+        {
             ids.insert(0, bos | GIVEN);
         }
         Ok(ids)

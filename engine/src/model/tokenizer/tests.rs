@@ -246,7 +246,8 @@ fn a_file_that_adds_a_beginning_adds_it_to_conversations_once() {
     let frame = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}";
     for writes in [false, true] {
         let mut w = tiny_gguf();
-        let template = if writes { format!("{{{{ bos_token }}}}{frame}") } else { frame.to_owned() };
+        let template =
+            if writes { format!("{{{{ bos_token }}}}{frame}") } else { frame.to_owned() };
         w.text("tokenizer.chat_template", &template);
         let tokenizer = from_gguf(w, &tiny()).unwrap();
         assert_eq!(tokenizer.chat_bos(), Some(0));
