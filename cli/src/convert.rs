@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use demask_engine::model::{StoredType, Tokenizer, Weights};
 use demask_engine::model::merge::{convert, written_type};
+use demask_engine::model::{StoredType, Tokenizer, Weights};
 
 use crate::args::{Output, type_parser};
 use crate::ui;

@@ -438,7 +438,8 @@ fn an_answer_ends_where_the_models_files_say() {
     let path = folder.display().to_string();
     convert(&small, &folder, StoredType::F32, &mut |_| {}).expect("written");
     let ask = |model: &str| {
-        let args = ["generate", "--model", model, "--prompt", "def f", "--max-tokens", "12", "--json"];
+        let args =
+            ["generate", "--model", model, "--prompt", "def f", "--max-tokens", "12", "--json"];
         let output = demask(&args);
         let answer = json(&output);
         let ids: Vec<u64> = serde_json::from_value(answer["token_ids"].clone()).expect("ids");

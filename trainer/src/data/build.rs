@@ -13,10 +13,10 @@ use anyhow::{Context, Result, bail, ensure};
 use demask_engine::philox::Philox;
 use serde::{Deserialize, Serialize};
 
+use super::Content;
 use super::contamination::Contamination;
 use super::filter::{Reason, Report};
 use super::fnv1a;
-use super::Content;
 use super::read::{LOT, LeftOut, Part, parts};
 use super::recipe::{CorpusRecipe, Format};
 use super::sample::Vocabulary;
@@ -400,7 +400,7 @@ fn write_dropped(
             if let Verdict::Drop(reason) = note.verdict {
                 let source = &recipe.source[part.source].name;
                 let mut line = serde_json::json!({
-                    "source": source, "name": note.name, "bytes": note.bytes, "reason": reason,
+                    "name": note.name, "reason": reason, "bytes": note.bytes, "source": source,
                 });
                 if let Some(what) = &note.what {
                     line["what"] = what.as_str().into();

@@ -194,7 +194,9 @@ impl Report {
         entry.bytes += bytes;
         // The data names it, so what is kept of it is bounded.
         let what = what.map(|what| what.chars().take(MOST_NAME).collect::<String>());
-        if let Some(what) = what.filter(|w| entry.what.len() < MOST_NAMES || entry.what.contains_key(w)) {
+        if let Some(what) =
+            what.filter(|w| entry.what.len() < MOST_NAMES || entry.what.contains_key(w))
+        {
             *entry.what.entry(what).or_default() += 1;
         }
     }
@@ -209,7 +211,11 @@ impl fmt::Display for Report {
         for d in self.dropped.iter().filter(|d| d.documents > 0) {
             let what: Vec<&str> = d.what.keys().map(String::as_str).collect();
             let reason = REASONS[d.reason as usize].1;
-            let reason = if what.is_empty() { reason.to_owned() } else { format!("{reason}: {}", what.join(", ")) };
+            let reason = if what.is_empty() {
+                reason.to_owned()
+            } else {
+                format!("{reason}: {}", what.join(", "))
+            };
             line(&reason, d.documents, d.bytes)?;
         }
         Ok(())

@@ -196,7 +196,8 @@ impl CorpusRecipe {
             // File, format and columns of the first of a kind, and how many there are.
             let mut lines: Vec<(String, Format, String, usize)> = Vec::new();
             for path in &source.paths {
-                let (format, columns) = recognised(path).with_context(|| format!("source {}", source.name))?;
+                let (format, columns) =
+                    recognised(path).with_context(|| format!("source {}", source.name))?;
                 match groups.iter_mut().find(|(other, _)| *other == format) {
                     Some((_, paths)) => paths.push(path.clone()),
                     None => groups.push((format, vec![path.clone()])),
@@ -268,7 +269,8 @@ impl CorpusRecipe {
 
 /// What a file's columns say that its rows hold, and which columns; a directory holds text.
 fn recognised(path: &Path) -> Result<(Format, Option<String>)> {
-    let kind = std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let kind =
+        std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
     if kind.is_dir() {
         return Ok((Format::Text, None));
     }

@@ -57,7 +57,10 @@ pub fn columns(path: &Path) -> Result<Vec<(String, bool)>> {
     if kind_of(path)? == Kind::Table {
         let reader = open_table(path)?;
         let fields = reader.metadata().file_metadata().schema().get_fields();
-        return Ok(fields.iter().map(|f| (f.name().to_owned(), f.is_group() || is_json(f))).collect());
+        return Ok(fields
+            .iter()
+            .map(|f| (f.name().to_owned(), f.is_group() || is_json(f)))
+            .collect());
     }
     let (mut columns, mut rows) = (Vec::<(String, bool)>::new(), 0);
     json_rows(path, &mut |row, _| {
@@ -241,9 +244,12 @@ pub fn table_rows(
         let mut bytes = 0;
         let mut object = Map::new();
         let mut broken = false;
-        for ((name, field), kind) in row.with_context(place)?.into_columns().into_iter().zip(&columns)
+        for ((name, field), kind) in
+            row.with_context(place)?.into_columns().into_iter().zip(&columns)
         {
-            match value(&field, kind, &mut bytes).with_context(|| format!("{}: column {name}", path.display()))? {
+            match value(&field, kind, &mut bytes)
+                .with_context(|| format!("{}: column {name}", path.display()))?
+            {
                 Some(value) => drop(object.insert(name, value)),
                 None => broken = true,
             }
@@ -326,9 +332,12 @@ fn is_json(kind: &Type) -> bool {
 /// field; older writers left the group out, or gave it the fields of the item.
 fn element(list: &Type) -> &Type {
     let repeated = |t: &Type| {
-        t.get_basic_info().has_repetition() && t.get_basic_info().repetition() == Repetition::REPEATED
+        t.get_basic_info().has_repetition()
+            && t.get_basic_info().repetition() == Repetition::REPEATED
     };
-    if !list.is_group() || (repeated(list) && list.get_basic_info().converted_type() != ConvertedType::LIST) {
+    if !list.is_group()
+        || (repeated(list) && list.get_basic_info().converted_type() != ConvertedType::LIST)
+    {
         return list;
     }
     let Some(inner) = children(list).first() else { return list };

@@ -125,16 +125,17 @@ impl Vocabulary {
         let template = self.template.as_ref()?;
         // The conversation without one thing, by what that is.
         let mut without: Vec<(String, Conversation)> = Vec::new();
-        for field in FIELDS.into_iter().filter(|f| chat.messages.iter().any(|m| m.get(f).is_some())) {
+        for field in FIELDS.into_iter().filter(|f| chat.messages.iter().any(|m| m.get(f).is_some()))
+        {
             let mut less = chat.clone();
             for message in less.messages.iter_mut().filter_map(Value::as_object_mut) {
-                message.shift_remove(field);
+                message.retain(|key, _| key != field);
             }
             without.push((field.to_owned(), less));
         }
         for name in ["tools", "documents"].into_iter().filter(|n| chat.variables.contains_key(*n)) {
             let mut less = chat.clone();
-            less.variables.shift_remove(name);
+            less.variables.retain(|key, _| key != name);
             without.push((name.to_owned(), less));
         }
         for (at, message) in chat.messages.iter().enumerate() {
@@ -145,9 +146,8 @@ impl Vocabulary {
                 without.push((format!("role {role}"), less));
             }
         }
-        let text = |chat: &Conversation| {
-            self.rendered(template, chat, chat.messages.len(), false).ok()
-        };
+        let text =
+            |chat: &Conversation| self.rendered(template, chat, chat.messages.len(), false).ok();
         // Where the template refuses the conversation, it says so itself when its tokens are made.
         let whole = without.first().and_then(|_| text(chat))?;
         let silent = without.into_iter().find(|(_, less)| text(less).as_ref() == Some(&whole));
@@ -206,7 +206,8 @@ impl Vocabulary {
                 Err(anyhow!("the chat template changes earlier turns when a later one follows"))
             }
         };
-        let learnt = |(i, message): &(usize, &Value)| *i >= chat.given && message["role"] == "assistant";
+        let learnt =
+            |(i, message): &(usize, &Value)| *i >= chat.given && message["role"] == "assistant";
         for (i, _) in chat.messages.iter().enumerate().filter(learnt) {
             let (given, whole) = after(self.rendered(template, chat, i, true)?, &done)?;
             done = whole;
@@ -215,7 +216,9 @@ impl Vocabulary {
             ids.extend(bpe::encode(&self.chat, &given)?.into_iter().map(|id| id | GIVEN));
             ids.extend(bpe::encode(&self.chat, &learnt)?);
         }
-        if let Some(bos) = self.chat_bos.filter(|bos| ids.first().map(|id| id & !GIVEN) != Some(*bos)) {
+        if let Some(bos) =
+            self.chat_bos.filter(|bos| ids.first().map(|id| id & !GIVEN) != Some(*bos))
+        {
             ids.insert(0, bos | GIVEN);
         }
         Ok(ids)

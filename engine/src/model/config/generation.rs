@@ -23,7 +23,8 @@ pub(super) fn read(dir: &Path, config: &mut LlamaConfig) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    let wrong = |reason: String| Error::model(&path, format!("{reason}; mend the file or remove it"));
+    let wrong =
+        |reason: String| Error::model(&path, format!("{reason}; mend the file or remove it"));
     let value: Value = serde_json::from_slice(&read_capped(&path, MAX_CONFIG_BYTES)?)
         .map_err(|e| wrong(format!("not valid JSON ({e})")))?;
     let Some(map) = value.as_object() else {

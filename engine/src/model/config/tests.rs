@@ -191,8 +191,11 @@ fn ends_are_those_of_transformers() {
         assert_eq!(written.get("top_p"), case["generation_config"].get("top_p"));
         assert_eq!(written.get("_from_model_config"), None);
     }
-    let faults =
-        [("{", "not valid JSON"), ("[]", "not an object"), (r#"{"eos_token_id": 8}"#, "8 is not below")];
+    let faults = [
+        ("{", "not valid JSON"),
+        ("[]", "not an object"),
+        (r#"{"eos_token_id": 8}"#, "8 is not below"),
+    ];
     for (content, part) in faults {
         std::fs::write(scratch.0.join(generation::FILE), content).unwrap();
         let error = LlamaConfig::read(&scratch.0).unwrap_err().to_string();

@@ -34,7 +34,10 @@ const SPELLINGS: [&str; 22] = [
 /// Tokens of prompts that fill gaps which end an answer too, with the key that names each and the spellings that stand
 /// in for it: padding, the name of a repository, the next file.
 const GAPS: [(&str, &[&str]); 3] = [
-    ("tokenizer.ggml.fim_pad_token_id", &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"]),
+    (
+        "tokenizer.ggml.fim_pad_token_id",
+        &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"],
+    ),
     (
         "tokenizer.ggml.fim_rep_token_id",
         &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"],
@@ -93,7 +96,8 @@ impl Ends {
         };
         let model = gguf.text("tokenizer.ggml.model")?;
         let (bos, eos) = defaults(model);
-        let default = |id: Option<u32>| id.filter(|&id| tokens.is_some() && u64::from(id) < n_tokens);
+        let default =
+            |id: Option<u32>| id.filter(|&id| tokens.is_some() && u64::from(id) < n_tokens);
         let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or_default();
         let begins = model == Some("llama") || BEGINNING.contains(&pre);
         let add_bos = gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(begins);
@@ -155,7 +159,8 @@ pub(crate) fn ends<T: AsRef<str>>(
     // Two families of models use a spelling of this list for something else.
     let has = |name: &str| ends.iter().any(|&id| text(tokens, id) == name);
     let calls = has("<|call|>") || has("<|calls|>");
-    let (goes_on, responds) = (calls && (has("<|return|>") || has("<|flush|>")), has("<|tool_response>"));
+    let (goes_on, responds) =
+        (calls && (has("<|return|>") || has("<|flush|>")), has("<|tool_response>"));
     ends.retain(|&id| match text(tokens, id) {
         "<|end|>" => !goes_on,
         "</s>" => !responds,

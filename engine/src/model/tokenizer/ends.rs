@@ -48,7 +48,12 @@ impl Tokenizer {
         let (eos, add_eos) = match behind[..] {
             [] => (wanted.first().copied(), false),
             [eos] if wanted.is_empty() || wanted.contains(&eos) => (Some(eos), true),
-            _ => return Err(refuse(&behind, "behind each text, and GGUF has a place for its end alone")),
+            _ => {
+                return Err(refuse(
+                    &behind,
+                    "behind each text, and GGUF has a place for its end alone",
+                ));
+            }
         };
         let tokens: Vec<String> = (0..config.vocab_size as u32)
             .map(|id| self.id_to_token(id).unwrap_or_default())
@@ -85,10 +90,16 @@ impl Tokenizer {
             }
             if !fewer.is_empty() {
                 let fewer = list(&fewer);
-                notes.push(format!("llama.cpp will not end an answer at {fewer}, for which GGUF has no place"));
+                notes.push(format!(
+                    "llama.cpp will not end an answer at {fewer}, for which GGUF has no place"
+                ));
             }
         }
-        if add_bos && self.chat_bos.is_none() && self.chat()?.is_some() && !self.template_begins()? {
+        if add_bos
+            && self.chat_bos.is_none()
+            && self.chat()?.is_some()
+            && !self.template_begins()?
+        {
             meta.push((OWN_CHAT_BOS, Meta::Bool(false)));
             notes.push(format!(
                 "llama.cpp will begin a conversation with {}, which the chat template does not write",
@@ -101,7 +112,8 @@ impl Tokenizer {
             && self.chat_template().is_some_and(|template| template.contains("bos_token"))
         {
             let bos = name(bos);
-            notes.push(format!("the chat template's bos_token, {said}, will be {bos} in llama.cpp"));
+            notes
+                .push(format!("the chat template's bos_token, {said}, will be {bos} in llama.cpp"));
         }
         Ok(InGguf { meta, notes })
     }
