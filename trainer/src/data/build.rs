@@ -400,7 +400,7 @@ fn write_dropped(
             if let Verdict::Drop(reason) = note.verdict {
                 let source = &recipe.source[part.source].name;
                 let mut line = serde_json::json!({
-                    "source": source, "name": note.name, "bytes": note.bytes, "reason": reason,
+                    "name": note.name, "reason": reason, "bytes": note.bytes, "source": source,
                 });
                 if let Some(what) = &note.what {
                     line["what"] = what.as_str().into();

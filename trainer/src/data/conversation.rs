@@ -217,7 +217,8 @@ fn message(value: Value) -> Result<Value, Refused> {
     }
     .to_owned();
     if fields["role"] == "function_call" {
-        let calls = fields.remove("content").ok_or(NO_TEXT)?;
+        let calls = fields.get_mut("content").map(Value::take).ok_or(NO_TEXT)?;
+        fields.retain(|key, _| key != "content");
         fields.insert("tool_calls".into(), function_calls(calls).ok_or(NO_TEXT)?);
     }
     fields.insert("role".into(), role.as_str().into());

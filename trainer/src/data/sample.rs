@@ -148,13 +148,13 @@ impl Vocabulary {
         {
             let mut less = chat.clone();
             for message in less.messages.iter_mut().filter_map(Value::as_object_mut) {
-                message.shift_remove(field);
+                message.retain(|key, _| key != field);
             }
             without.push((field.to_owned(), less));
         }
         for name in ["tools", "documents"].into_iter().filter(|n| chat.variables.contains_key(*n)) {
             let mut less = chat.clone();
-            less.variables.shift_remove(name);
+            less.variables.retain(|key, _| key != name);
             without.push((name.to_owned(), less));
         }
         for (at, message) in chat.messages.iter().enumerate() {
