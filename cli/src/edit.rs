@@ -108,11 +108,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
             .with_context(|| path.to_string())?;
     let options = args.decoding.options("edit", &model.config, prompt.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;
-    let llama = model.load(&gpu, notices)?;
     let notices = args.common.notices();
     if let Some(warning) = endless(&tokenizer, &model.config, true)? {
         notices.say(&warning);
     }
+    let llama = model.load(&gpu, notices)?;
     let products = tune::products(&llama, &[1, pass_rows(&options), 512], false);
     args.tune.recall(&gpu, &products, notices)?;
 

@@ -106,14 +106,15 @@ pub(super) fn iq4_nl(block: &[u8]) -> Q8Block {
     Q8Block { d: half(block, 0), q: nibbles(&block[2..]).map(|q| IQ4_LEVELS[usize::from(q)]) }
 }
 
-/// Exact where f16 has the power of two: from 2⁻²⁴ to 2¹⁵. Beyond, the values are fitted anew.
+/// Exact for scales from 2⁻²⁴, the least of f16, to 2¹⁸; below, rounded to multiples of that; above, infinite.
 pub(super) fn mxfp4(block: &[u8]) -> Q8Block {
-    let d = f16::from_f32(e8m0_half(block[0]));
-    let levels = nibbles(&block[1..]).map(|q| E2M1_LEVELS[usize::from(q)]);
-    match d.to_f32() == e8m0_half(block[0]) {
-        true => Q8Block { d, q: levels },
-        false => q8_of(&levels.map(|k| e8m0_half(block[0]) * f32::from(k))),
-    }
+    let scale = e8m0_half(block[0]);
+    let held = scale.clamp(f16::MIN_POSITIVE_SUBNORMAL.to_f32(), 32768.0);
+    let level_of = |q: u8| f32::from(E2M1_LEVELS[usize::from(q)]) * (scale / held);
+    let levels = nibbles(&block[1..]).map(level_of);
+    let fits = levels.iter().all(|k| k.abs() <= 127.0);
+    let d = if fits { f16::from_f32(held) } else { f16::INFINITY };
+    Q8Block { d, q: levels.map(|k| level(k, -127.0, 127.0) as i8) }
 }
 
 pub(super) fn encode_q8_0(values: &[f32; 32]) -> [u8; 34] {

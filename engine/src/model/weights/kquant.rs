@@ -64,19 +64,42 @@ pub(super) fn decode_q2(block: &[u8; Q2_BYTES], out: &mut Vec<f32>) {
     }
 }
 
+/// s of a part of the sixteen of a block of Q3_K: four lower bits in the first eight of 12 bytes, two upper ones in the
+/// last four.
+fn q3_scale(block: &[u8], part: usize) -> i8 {
+    let packed = &block[96..108];
+    let low = packed[part % 8] >> (4 * (part / 8)) & 15;
+    let high = packed[8 + part % 4] >> (2 * (part / 4)) & 3;
+    (low | high << 4) as i8 - 32
+}
+
+/// The 16 q of a part: two bits, and a third one without which the number is 4 less.
+fn q3_numbers(block: &[u8], part: usize) -> impl Iterator<Item = i8> {
+    let thirds = block[16 * (part % 2)..].iter().map(move |b| b >> (part / 2) & 1);
+    pairs_of_bits(&block[32..96], part).zip(thirds).map(|(q, third)| (q + 4 * third) as i8 - 4)
+}
+
 /// Appends the values of one block of Q3_K.
 pub(super) fn decode_q3(block: &[u8; Q3_BYTES], out: &mut Vec<f32>) {
     let d = half_at(block, 108);
-    let packed = &block[96..108];
     for part in 0..16 {
-        // Four lower bits in the first eight bytes, two upper ones in the last four.
-        let low = packed[part % 8] >> (4 * (part / 8)) & 15;
-        let high = packed[8 + part % 4] >> (2 * (part / 4)) & 3;
-        let scale = d * (f32::from(low | high << 4) - 32.0);
-        // Without its third bit a number is 4 less.
-        let thirds = block[16 * (part % 2)..].iter().map(|b| b >> (part / 2) & 1);
-        let q = pairs_of_bits(&block[32..96], part).zip(thirds);
-        out.extend(q.map(|(q, third)| scale * (f32::from(q) - 4.0 + 4.0 * f32::from(third))));
+        let scale = d * f32::from(q3_scale(block, part));
+        out.extend(q3_numbers(block, part).map(|q| scale * f32::from(q)));
+    }
+}
+
+/// A block of Q3_K as eight, exactly: −s·q lies in −128..=124, so it is a number of eight bits under the scale −d.
+pub(super) fn q3_blocks(block: &[u8], out: &mut Vec<Q8Block>) {
+    let d = -f16::from_le_bytes([block[108], block[109]]);
+    for pair in 0..8 {
+        let mut q = [0; 32];
+        for (part, half) in q.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let part = 2 * pair + part;
+            let s = i16::from(q3_scale(block, part));
+            let numbers = q3_numbers(block, part);
+            half.iter_mut().zip(numbers).for_each(|(q, n)| *q = -(s * i16::from(n)) as i8);
+        }
+        out.push(Q8Block { d, q });
     }
 }
 

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use super::{block32, kquant};
 use crate::tensor::DType;
-use crate::tensor::stored::{Q4Block, Q8Block, q4_of, q4_rows, q8_of, q8_rows};
+use crate::tensor::stored::{Q4Block, Q8Block, encode, q4_rows, q8_rows};
 
 /// Type of a stored tensor. The quantised ones are those of GGML; all bytes are little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -231,7 +231,7 @@ const FORMATS: &[Format] = &[
         block: (kquant::ELEMENTS, kquant::Q3_BYTES),
         decode: |bytes, out| each(bytes, out, kquant::decode_q3),
         written: None,
-        held: Held::Rounded(DType::Q8),
+        held: Held::Q8(kquant::q3_blocks, Fidelity::Exact),
     },
     Format {
         dtype: StoredType::IQ4_NL,
@@ -363,28 +363,31 @@ pub(crate) fn quantise(dtype: StoredType, values: &[f32], out: &mut Vec<u8>) {
 
 /// Stored blocks as the rows of `columns` that kernels read, of the type that [`StoredType::held_as`] says.
 pub(crate) fn repack(dtype: StoredType, bytes: &[u8], columns: usize) -> Vec<u8> {
-    let blocks = bytes.chunks_exact(dtype.block_bytes());
-    match dtype.format().held {
-        Held::Same(_) => bytes.to_vec(),
-        Held::Q8(split, _) => {
-            let mut all = Vec::with_capacity(blocks.len());
-            blocks.for_each(|block| split(block, &mut all));
-            q8_rows(columns, all.into_iter())
-        }
-        Held::Q4(split, _) => {
-            let mut all = Vec::with_capacity(blocks.len());
-            blocks.for_each(|block| split(block, &mut all));
-            q4_rows(columns, all.into_iter())
-        }
-        Held::Rounded(to) => {
-            let mut values = Vec::new();
-            dequantise(dtype, bytes, &mut values);
-            match to {
-                DType::Q4 => q4_rows(columns, values.as_chunks().0.iter().map(q4_of)),
-                _ => q8_rows(columns, values.as_chunks().0.iter().map(q8_of)),
+    let (elements, block_bytes) = dtype.format().block;
+    let rows = bytes.chunks_exact((columns / elements * block_bytes).max(1));
+    let blocks = |row| <[u8]>::chunks_exact(row, block_bytes);
+    // One row's blocks at a time, which a processor's cache holds.
+    let (mut eight, mut four, mut values) = (vec![], vec![], vec![]);
+    let mut out = Vec::new();
+    for row in rows {
+        match dtype.format().held {
+            Held::Same(_) => out.extend_from_slice(row),
+            Held::Q8(split, _) => {
+                blocks(row).for_each(|block| split(block, &mut eight));
+                out.extend(q8_rows(columns, eight.drain(..)));
+            }
+            Held::Q4(split, _) => {
+                blocks(row).for_each(|block| split(block, &mut four));
+                out.extend(q4_rows(columns, four.drain(..)));
+            }
+            Held::Rounded(to) => {
+                dequantise(dtype, row, &mut values);
+                out.extend(encode(&values, columns, to));
+                values.clear();
             }
         }
     }
+    out
 }
 
 /// Decodes the blocks of N bytes.
