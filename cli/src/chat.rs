@@ -52,6 +52,11 @@ impl ChatArgs {
         Ok(options)
     }
 
+    /// Whether anything is told.
+    pub fn given(&self) -> bool {
+        !self.chat_arg.is_empty()
+    }
+
     /// The values by name.
     pub fn variables(&self) -> Map<String, Value> {
         self.chat_arg.iter().cloned().collect()

@@ -78,6 +78,12 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<ExitCode> {
     interrupt::listen("printing what there is");
+    if args.chat_args.given() && !args.chat {
+        crate::usage(
+            "generate",
+            "--chat-arg tells the chat template something, which only --chat uses",
+        );
+    }
     let path = &args.model.model;
     let model = args.model.open()?;
     let tokenizer = Tokenizer::for_model(path, &model.config)?;

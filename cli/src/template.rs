@@ -118,7 +118,7 @@ fn open(path: &Path) -> Result<Tokenizer> {
 fn other(tokenizer: &Tokenizer, named: &str) -> Result<ChatTemplate> {
     let path = Path::new(named);
     if !path.exists() && tokenizer.chat_template_names().contains(&named) {
-        return Ok(tokenizer.chat_for(Some(named), false)?.context("the template is gone")?);
+        return tokenizer.chat_for(Some(named), false)?.context("the template is gone");
     }
     let text = read_text(path).with_context(|| {
         let names = tokenizer.chat_template_names().join(", ");

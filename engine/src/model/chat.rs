@@ -165,8 +165,8 @@ impl ChatTemplate {
     /// The same, and where in it, in bytes, the template says that the assistant writes.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render_with`]; also if the template computes with what it encloses by `{% generation %}`, so that
-    /// its place in the text is unknown.
+    /// As [`ChatTemplate::render_with`]; also if the template computes with what it encloses by `{% generation %}`, so
+    /// that its place in the text is unknown.
     pub fn render_marked(
         &self,
         messages: &[Value],

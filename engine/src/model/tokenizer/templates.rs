@@ -38,7 +38,9 @@ pub(super) fn in_files(dir: &Path) -> Result<Option<Value>> {
     if named.is_empty() {
         return Ok(single.map(Value::String));
     }
-    named.splice(0..0, single.map(|text| (DEFAULT.to_owned(), text)));
+    if let Some(text) = single {
+        named.insert(0, (DEFAULT.to_owned(), text));
+    }
     let named = named.into_iter().map(|(name, text)| json!({ "name": name, "template": text }));
     Ok(Some(named.collect()))
 }
