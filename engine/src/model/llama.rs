@@ -178,9 +178,9 @@ impl Llama {
         self
     }
 
-    /// This model with an adapter over its weights, which may be of any type. Parameters that the adapter brings values
-    /// of its own for take these, in the type that they have; a tied head that is no longer the embedding gets memory of
-    /// its own.
+    /// This model with an adapter over its weights, which may be of any type. Parameters that the adapter brings
+    /// values of its own for take these, in the type that they have; a tied head that is no longer the embedding gets
+    /// memory of its own.
     pub fn adapted(mut self, lora: &Lora) -> Result<Llama> {
         lora.check(&self.config)?;
         if lora.unties(&self.config) {

@@ -132,7 +132,8 @@ mod tests {
             let w: Vec<f64> = w.iter().map(|&w| f64::from(w)).collect();
             for i in 0..columns {
                 for first in 0..3 {
-                    let dot = column(&left, i).iter().zip(column(&w, first)).map(|(a, b)| a * b);
+                    let dot =
+                        column(&left, i).into_iter().zip(column(&w, first)).map(|(a, b)| a * b);
                     assert!(dot.sum::<f64>().abs() < 1e-12);
                 }
             }
