@@ -70,8 +70,8 @@ pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, To
     Ok((model, tokenizer))
 }
 
-/// A model ends its answers with what it has learnt to end them with, beside what its files named before: the token behind
-/// each document, and the one that ends a turn.
+/// A model ends its answers with what it has learnt to end them with, beside what its files named before: the token
+/// behind each document, and the one that ends a turn.
 fn learn_ends(model: &mut Llama, dataset: &Dataset) {
     let learnt = [Some(dataset.manifest.eos), dataset.manifest.end_of_turn];
     let ends = &mut model.config_mut().eos_token_ids;

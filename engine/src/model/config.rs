@@ -69,7 +69,8 @@ pub struct LlamaConfig {
     pub tie_word_embeddings: bool,
     /// Context length in tokens the model was trained for.
     pub max_position_embeddings: usize,
-    /// Token that begins a text. Absent from the `config.json` of a Llama means 1, as in transformers; `null` means none.
+    /// Token that begins a text. Absent from the `config.json` of a Llama means 1, as in transformers; `null` means
+    /// none.
     pub bos_token_id: Option<u32>,
     /// Tokens that end an answer, the one that ends a text first: those of `generation_config.json` where that file is,
     /// else those of `config.json`. Absent or `null` means none, as for transformers' `generate`.

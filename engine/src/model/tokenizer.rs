@@ -201,8 +201,8 @@ impl Tokenizer {
         ids_of(&self.inner, text, add_special)
     }
 
-    /// Token ids of a conversation that a chat template has written: special tokens are recognised, and none is added but
-    /// the one that a GGUF file puts before every text, where the template does not write it.
+    /// Token ids of a conversation that a chat template has written: special tokens are recognised, and none is added
+    /// but the one that a GGUF file puts before every text, where the template does not write it.
     pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text, false)?;
         if let Some(bos) = self.chat_bos.filter(|bos| ids.first() != Some(bos)) {

@@ -1,7 +1,7 @@
 //! What a row of a dataset says: text, or a conversation as a chat template takes it. The forms are those in which
-//! people keep conversations: messages of role and content (OpenAI, TRL), from and value (ShareGPT), prompt and answer,
-//! instruction and output (Alpaca). Nothing is left out in silence: what a template may want is handed over with all its
-//! keys, and a part that is no text is refused by name.
+//! people keep conversations: messages of role and content (OpenAI, TRL), from and value (ShareGPT), prompt and
+//! answer, instruction and output (Alpaca). Nothing is left out in silence: what a template may want is handed over
+//! with all its keys, and a part that is no text is refused by name.
 
 use serde_json::{Map, Value, json};
 

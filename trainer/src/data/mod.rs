@@ -1,7 +1,7 @@
-//! From files to token shards: `recipe` says what, `read` and `rows` open it, `conversation` says what a row is, `filter`
-//! and `contamination` leave out, `sample` turns documents into tokens, `turns` finds what of a conversation the assistant
-//! wrote, `build` does it all in parallel and can be interrupted, `shards` is what lies on disk. Sequences for training
-//! are made of shards by [`crate::pack`].
+//! From files to token shards: `recipe` says what, `read` and `rows` open it, `conversation` says what a row is,
+//! `filter` and `contamination` leave out, `sample` turns documents into tokens, `turns` finds what of a conversation
+//! the assistant wrote, `build` does it all in parallel and can be interrupted, `shards` is what lies on disk.
+//! Sequences for training are made of shards by [`crate::pack`].
 
 use std::borrow::Cow;
 

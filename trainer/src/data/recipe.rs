@@ -183,8 +183,8 @@ impl CorpusRecipe {
         }
     }
 
-    /// Gives each source that does not say what its rows hold the format that its files' columns say, and returns what to
-    /// say about it, a line for each file of rows and its like. A source whose files are of several formats becomes
+    /// Gives each source that does not say what its rows hold the format that its files' columns say, and returns what
+    /// to say about it, a line for each file of rows and its like. A source whose files are of several formats becomes
     /// several.
     ///
     /// # Errors

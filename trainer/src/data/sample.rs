@@ -259,7 +259,7 @@ fn bare_config(folder: &Path) -> Result<LlamaConfig> {
     })?;
     let settings: PathBuf = folder.join("tokenizer_config.json");
     let named = std::fs::read(&settings).ok().and_then(|text| {
-        let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        let value: Value = serde_json::from_slice(&text).ok()?;
         let eos = &value["eos_token"];
         let eos = eos.as_str().or(eos["content"].as_str())?;
         tokenizer.token_to_id(eos)

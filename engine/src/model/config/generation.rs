@@ -1,5 +1,5 @@
-//! `generation_config.json`: which tokens end an answer, as transformers' `generate` takes it. Not here: what a GGUF says
-//! of that (`gguf/ends.rs`), and what is put before a text (`tokenizer.rs`).
+//! `generation_config.json`: which tokens end an answer, as transformers' `generate` takes it. Not here: what a GGUF
+//! says of that (`gguf/ends.rs`), and what is put before a text (`tokenizer/ends.rs`).
 
 use std::path::Path;
 

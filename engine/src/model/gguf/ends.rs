@@ -1,5 +1,5 @@
-//! Which tokens begin a text and end an answer by a GGUF file, with the rules of llama.cpp: keys name some, defaults stand
-//! in for keys that are missing, and the spelling of a token alone makes it an end. Not here: how text is split
+//! Which tokens begin a text and end an answer by a GGUF file, with the rules of llama.cpp: keys name some, defaults
+//! stand in for keys that are missing, and the spelling of a token alone makes it an end. Not here: how text is split
 //! (`tokenizer/from_gguf.rs`).
 
 use super::Gguf;
@@ -134,7 +134,8 @@ pub(crate) fn defaults(model: Option<&str>) -> (Option<u32>, Option<u32>) {
     }
 }
 
-/// What ends an answer: the tokens that keys (or their defaults) name, in their order, then what is spelled like an end.
+/// What ends an answer: the tokens that keys (or their defaults) name, in their order, then what is spelled like an
+/// end.
 pub(crate) fn ends<T: AsRef<str>>(
     tokens: &[T],
     named: [Option<u32>; 3],

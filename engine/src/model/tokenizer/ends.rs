@@ -21,8 +21,8 @@ pub(super) struct InGguf {
 }
 
 impl Tokenizer {
-    /// Where llama.cpp, reading the GGUF file that [`crate::model::merge::convert`] makes of this model, will begin or end
-    /// otherwise than transformers and demask: a line for each, none where it will not.
+    /// Where llama.cpp, reading the GGUF file that [`crate::model::merge::convert`] makes of this model, will begin or
+    /// end otherwise than transformers and demask: a line for each, none where it will not.
     ///
     /// # Errors
     /// If the tokenizer puts more around a text than such a file can say.
