@@ -148,8 +148,16 @@ pub(super) fn encode_q4_1(values: &[f32; 32]) -> [u8; 20] {
 
 /// The value of largest magnitude; of several, the first.
 fn extreme(values: &[f32; 32]) -> f32 {
-    let high = values.iter().fold(0.0f32, |most, &x| if x > most { x } else { most });
-    let low = values.iter().fold(0.0f32, |least, &x| if x < least { x } else { least });
+    // In eight lanes, which the compiler may not make of one on its own.
+    let (mut highs, mut lows) = ([0.0f32; 8], [0.0f32; 8]);
+    for eight in values.as_chunks::<8>().0 {
+        for ((high, low), &x) in highs.iter_mut().zip(&mut lows).zip(eight) {
+            *high = if x > *high { x } else { *high };
+            *low = if x < *low { x } else { *low };
+        }
+    }
+    let high = highs.into_iter().fold(0.0, f32::max);
+    let low = lows.into_iter().fold(0.0, f32::min);
     match high == -low {
         // Both signs reach it, or there is nothing but zeros: whichever comes first.
         true => values.iter().copied().find(|x| x.abs() == high && high > 0.0).unwrap_or(0.0),
