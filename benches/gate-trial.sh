@@ -17,6 +17,8 @@ while getopts n:t:s:r:m:w: option; do
         m) mode=$OPTARG ;; w) work=$OPTARG ;; *) sed -n '2,9p' "$0" >&2; exit 2 ;;
     esac
 done
+command -v perl > /dev/null || { echo "gate-trial.sh: no perl; install it" >&2; exit 2; }
+command -v cargo > /dev/null || { echo "gate-trial.sh: no cargo; install Rust 1.95 or later" >&2; exit 2; }
 mkdir -p "$work"
 work=$(cd "$work" && pwd)
 target=${CARGO_TARGET_DIR:-$PWD/target}

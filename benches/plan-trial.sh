@@ -14,9 +14,11 @@ while getopts r:w: option; do
         r) runner=$OPTARG ;; w) work=$OPTARG ;; *) sed -n '2,7p' "$0" >&2; exit 2 ;;
     esac
 done
+demask=${CARGO_TARGET_DIR:-$PWD/target}/release/demask
+command -v jq > /dev/null || { echo "plan-trial.sh: no jq; install it" >&2; exit 2; }
+[ -x "$demask" ] || { echo "plan-trial.sh: no $demask; cargo build --release makes it" >&2; exit 2; }
 rm -rf "$work" && mkdir -p "$work"
 work=$(cd "$work" && pwd)
-demask=${CARGO_TARGET_DIR:-$PWD/target}/release/demask
 export DEMASK_CACHE=$work/cache
 
 # full NAME VOCABULARY HIDDEN FEED_FORWARD LAYERS LENGTH BATCH MICRO_BATCH MOMENTS RECOMPUTE OBJECTIVES [MORE DATA]

@@ -11,9 +11,13 @@ import argparse
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install numpy")
 
 CONFIG = {
     "architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama", "attention_bias": False,

@@ -16,6 +16,9 @@ shift $((OPTIND - 1))
 [[ $# == 3 ]] || { sed -n '2,8p' "$0" >&2; exit 2; }
 model=$(realpath "$1") data=$(realpath "$2") out=$3
 demask=${DEMASK:-$(dirname "$0")/../target/release/demask}
+command -v jq > /dev/null || { echo "training-ablations.sh: no jq; install it" >&2; exit 2; }
+command -v "$demask" > /dev/null ||
+    { echo "training-ablations.sh: no $demask; cargo build --release makes it, DEMASK names another" >&2; exit 2; }
 mkdir -p "$out"
 
 # variant NAME CORRUPTION_WARMUP CLIP OBJECTIVE [BLOCK_LENGTH]

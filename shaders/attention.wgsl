@@ -6,11 +6,12 @@
 #import mask
 #import keys
 #import tile
+#import weigh
 const H: u32 = 64u; // host 4 64 128 192
 const H4: u32 = H / 4u;
-const NEVER: f32 = -3.0e38;
 struct Params {
     tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
+    zero: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
@@ -89,8 +90,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let shrink = exp(before - m);
         total *= shrink;
         for (var c = 0u; c < 4u; c += 1u) {
-            // Not only by exp, which some adapters bound from below.
-            s[c] = select(vec4<f32>(), exp(s[c] - m), s[c] > vec4<f32>(NEVER));
+            s[c] = weights_of(s[c], m);
             total += s[c];
         }
         workgroupBarrier();
@@ -112,9 +112,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var x = 0u; x < 8u; x += 1u) {
         total += tile[x * 16u + t / 8u];
     }
-    // A row that may see nothing is zero, not NaN.
-    let inverse = select(vec4<f32>(), 1.0 / total, total > vec4<f32>());
-    let lse = select(vec4<f32>(NEVER), m + log(total), total > vec4<f32>());
+    let inverse = inverse_of(total);
+    let lse = lse_of(m, total);
     let to = query_at(batch, kv_head, own) + split * p.rows;
     for (var r = 0u; r < 4u; r += 1u) {
         let is_row = rows.x + t / 8u * 4u + r < rows.y;

@@ -26,18 +26,19 @@ fn main(
     for (var s = 0u; s < p.splits; s += 1u) {
         m = max(m, part_lse[s * p.rows + row]);
     }
+    let never = bitcast<u32>(NEVER);
     var total = 0.0;
     var sum = vec4<f32>();
     for (var s = 0u; s < p.splits; s += 1u) {
         let lse = part_lse[s * p.rows + row];
-        // A piece in which the row sees no key has no weight.
-        let w = select(0.0, exp(lse - m), lse > NEVER);
+        // A piece in which the row sees no key has no weight; by its bits, because drivers differ on how NaN compares.
+        let w = select(exp(lse - m), 0.0, bitcast<u32>(lse) == never);
         total += w;
         sum += w * parts[s * p.rows * p.h4 + i];
     }
-    let sees = total > 0.0;
-    o[i] = select(vec4<f32>(), sum / total, sees);
+    let sees_nothing = bitcast<u32>(total) == 0u;
+    o[i] = select(sum / total, vec4<f32>(), sees_nothing);
     if i % p.h4 == 0u {
-        stats[row] = select(NEVER, m + log(total), sees);
+        stats[row] = select(m + log(total), NEVER, sees_nothing);
     }
 }

@@ -5,12 +5,13 @@
 // shared    16 queries, 64 x 16 weights, 13 KiB at H = 128
 #import mask
 #import keys
+#import weigh
 const H: u32 = 64u; // host 4 64 128
 const H4: u32 = H / 4u;
 const PER_LANE: u32 = (H + 63u) / 64u;
-const NEVER: f32 = -3.0e38;
 struct Params {
     tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
+    zero: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
@@ -91,8 +92,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         total *= exp(before - m);
         for (var c = 0u; c < 4u; c += 1u) {
-            // Not only by exp, which some adapters bound from below.
-            let e = select(vec4<f32>(), exp(s[c] - m), s[c] > vec4<f32>(NEVER));
+            let e = weights_of(s[c], m);
             weights[(lane / 4u * 4u + c) * 4u + quad] = e;
             total += e;
         }
@@ -119,11 +119,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         total += partial[i];
     }
     if lane < 4u {
-        // A row that may see nothing is zero, not NaN.
-        shrink[lane] = select(vec4<f32>(), 1.0 / total, total > vec4<f32>());
+        shrink[lane] = inverse_of(total);
     }
     workgroupBarrier();
-    let lse = select(vec4<f32>(NEVER), m + log(total), total > vec4<f32>());
+    let lse = lse_of(m, total);
     for (var r = 0u; r < 16u && rows.x + r < rows.y; r += 1u) {
         let to = query_at(batch, kv_head, vec4<u32>(rows.x + r)).x + split * p.rows;
         for (var d = lane; d < H; d += 64u) {

@@ -6,15 +6,16 @@
 // components. Nothing is shared but by broadcasts, and arrays are indexed by constants, so that no lane loads for another.
 #import mask
 #import keys
+#import weigh
 const H: u32 = 64u;      // host 8 64 128
 const QUADS: u32 = 1u;   // host 1 2 3 4
 const OCTS: u32 = H / 8u;
 const PAIRS: u32 = (OCTS + 1u) / 2u;
-const NEVER: f32 = -3.0e38;
 const FOUR: vec4<u32> = vec4<u32>(0u, 1u, 2u, 3u);
 alias Eight = array<vec4<f32>, 8>;
 struct Params {
     tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
+    zero: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<f32>;                  // [B, Tq, N, H]
@@ -70,8 +71,7 @@ fn weigh(quad: u32, number: u32, far: bool) {
     let top = max(m[quad], subgroupMax(x));
     shrink[quad] = exp(m[quad] - top);
     m[quad] = top;
-    // Not only by exp, which software adapters bound from below.
-    let e = select(vec4<f32>(), exp(x - top), x > vec4<f32>(NEVER));
+    let e = weights_of(x, top);
     total[quad] = fma(total[quad], shrink[quad], e);
     weights[quad] = handed_round(e);
     s[quad] = vec4<f32>();
@@ -91,9 +91,8 @@ fn values(i: u32, x: vec4<u32>, y: vec4<u32>) {
 
 fn end(quad: u32, batch: u32, kv_head: u32, tile: vec2<u32>, split: u32, lane: u32) {
     let all = subgroupAdd(total[quad]);
-    // A row that may see nothing is zero, not NaN.
-    let inverse = select(vec4<f32>(), 1.0 / all, all > vec4<f32>());
-    let lse = select(vec4<f32>(NEVER), m[quad] + log(all), all > vec4<f32>());
+    let inverse = inverse_of(all);
+    let lse = lse_of(m[quad], all);
     let row = FOUR + tile.x + 4u * quad;
     let to = query_at(batch, kv_head, row) + split * p.rows;
     for (var r = 0u; r < 4u; r += 1u) {

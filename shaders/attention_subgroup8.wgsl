@@ -6,10 +6,11 @@
 #import mask
 #import keys
 #import eight
+#import weigh
 const H: u32 = 64u; // host 8 64 128
-const NEVER: f32 = -3.0e38;
 struct Params {
     tq: u32, tk: u32, kv_heads: u32, mask: u32, block: u32, length: u32, scale: f32, rows: u32, splits: u32,
+    zero: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;            // [B, Tq, N, H / 4]
@@ -115,9 +116,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
         // An open-ended loop: 32 exponentials in the text take the driver seconds.
         let count = (last - first) / 4u * 4u + 4u;
         for (var i = 0u; i < count; i += 1u) {
-            let x = weights[i * 8u + lane];
-            // Not only by exp, which software adapters bound from below.
-            let e = select(vec4<f32>(), exp(x - m), x > vec4<f32>(NEVER));
+            let e = weights_of(weights[i * 8u + lane], m);
             weights[i * 8u + lane] = e;
             total += e;
         }
@@ -126,9 +125,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id
             sum1 = gather(scaled(sum1, shrink), batch, kv_head, first, last, 16u, lane);
         }
     }
-    // A row that may see nothing is zero, not NaN.
-    let inverse = select(vec4<f32>(), 1.0 / total, total > vec4<f32>());
-    let lse = select(vec4<f32>(NEVER), m + log(total), total > vec4<f32>());
+    let inverse = inverse_of(total);
+    let lse = lse_of(m, total);
     let many = tile.y - min(tile.x + 4u * lane, tile.y);
     let to = at + split * p.rows;
     for (var c = 0u; c < min(many, 4u); c += 1u) {

@@ -6,7 +6,7 @@
 // state     [sequences]: passes done, 1 until the answer ended
 // limits    [R]: the lowest penalised logit that may be drawn
 // offers    [R, S, 8]: largest logit, sum of exp(logit - largest), best value, its token, its logit, 2 with a NaN or
-//           +infinity, else 1 with a finite logit; second largest logit, sum of exp(logit - largest) (logit - largest)
+//           an infinity, else 1; second largest logit, sum of exp(logit - largest) (logit - largest)
 // dispatch  (segments of 2048 columns, R)
 // shared    3 WG words
 #import reduce
@@ -58,7 +58,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var id = NOTHING;
     for (var i = begin; i < end; i += WG) {
         let bits = logits[base + i];
-        flag = max(flag, select(select(2.0, 0.0, bits == 0xff800000u), 1.0, is_finite(bits)));
+        flag = max(flag, select(2.0, 1.0, is_finite(bits)));
         largest = max(largest, number(bits));
         let logit = penalised(how, p.words, i, number(bits));
         if logit >= limit && is_allowed(how, p.words, i) {

@@ -8,7 +8,7 @@
 #import reduce
 #import quad
 const NEVER: f32 = -3.4e38;
-struct Params { rows: u32, pieces: u32, columns: u32, first: u32 }
+struct Params { rows: u32, pieces: u32, columns: u32, first: u32, zero: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> logits: array<vec4<f32>>;    // [R, C / 4]
 @group(0) @binding(2) var<storage, read> targets: array<u32>;         // [R]
@@ -33,7 +33,8 @@ fn main(
         }
         let before = top;
         top = max(max(top, max(v.x, v.y)), max(v.z, v.w));
-        sum = sum * exp(before - top) + exp(v - top);
+        // What is not finite makes the sum NaN, whatever max and exp make of it: 0, which compilers do not know.
+        sum = sum * exp(before - top) + fma(v, vec4<f32>(p.zero), exp(v - top));
     }
     var largest = reduce_max(top, lane);
     var total = reduce_sum(sum4(sum) * exp(top - largest), lane);

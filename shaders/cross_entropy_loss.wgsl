@@ -5,7 +5,7 @@
 // dispatch  one workgroup
 // shared    WG f32
 #import reduce
-struct Params { rows: u32, scale: f32 }
+struct Params { rows: u32, scale: f32, zero: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> state: array<f32>;           // [R, 3]
 @group(0) @binding(2) var<storage, read> weights: array<f32>;         // [R]
@@ -16,7 +16,9 @@ struct Params { rows: u32, scale: f32 }
 fn main(@builtin(local_invocation_index) lane: u32) {
     var sum = 0.0;
     for (var r = lane; r < p.rows; r += WG) {
-        let value = state[r * 3u] + log(state[r * 3u + 1u]) - state[r * 3u + 2u];
+        let total = state[r * 3u + 1u];
+        // The total is at least 1, or NaN, which the last term keeps whatever log makes of it.
+        let value = state[r * 3u] + log(total) - state[r * 3u + 2u] + p.zero * total;
         ce[r] = value;
         sum += weights[r] * value;
     }

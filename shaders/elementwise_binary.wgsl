@@ -10,6 +10,11 @@ struct Params { extent: vec4<u32>, a_stride: vec4<u32>, b_stride: vec4<u32> }
 @group(0) @binding(2) var<storage, read> b: array<f32>;         // [n] or broadcast
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;   // [n]
 
+// y, or x where that is NaN, which min, max and clamp of some drivers lose.
+fn or_nan(x: f32, y: f32) -> f32 {
+    return select(y, x, (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u);
+}
+
 fn f(a: f32, b: f32) -> f32 {
     return a;
 }

@@ -7,6 +7,11 @@ struct Params { n: u32, scalar: f32 }
 @group(0) @binding(1) var<storage, read> x: array<f32>;         // [n]
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;   // [n]
 
+// y, or x where that is NaN, which min, max and clamp of some drivers lose.
+fn or_nan(x: f32, y: f32) -> f32 {
+    return select(y, x, (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u);
+}
+
 fn f(x: f32) -> f32 {
     return x;
 }

@@ -1,4 +1,4 @@
-// rope: (y_i, y_j) = (x_i cos a - x_j sin a, x_j cos a + x_i sin a), j = i + H/2, a = position * frequency_i
+// rope: (y_i, y_j) = (x_i cos a - x_j sin a, x_j cos a + x_i sin a) scale, j = i + H/2, a = position * frequency_i
 // x, y      [B, T, N, H]; the derivative is the rotation by -a: sign = -1
 // positions [B, T] or [T]
 // frequency [H / 2], pieces, or four times as many
@@ -6,7 +6,7 @@
 #import grid
 #import quad
 #import rotation
-struct Params { n: u32, pieces: u32, heads: u32, positions: u32, sign: f32 }
+struct Params { n: u32, pieces: u32, heads: u32, positions: u32, sign: f32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;           // [B, T, N, H / 4]
 @group(0) @binding(2) var<storage, read> positions: array<u32>;         // [B, T] or [T]
@@ -33,8 +33,8 @@ fn main(
     let a1 = cos_sin(rotary_angle(position, f.y));
     let a2 = cos_sin(rotary_angle(position, f.z));
     let a3 = cos_sin(rotary_angle(position, f.w));
-    let c = vec4<f32>(a0.x, a1.x, a2.x, a3.x);
-    let s = vec4<f32>(a0.y, a1.y, a2.y, a3.y) * p.sign;
+    let c = vec4<f32>(a0.x, a1.x, a2.x, a3.x) * p.scale;
+    let s = vec4<f32>(a0.y, a1.y, a2.y, a3.y) * p.scale * p.sign;
     for (var head = first; head < min(first + 8u, p.heads); head += 1u) {
         let i = (token * p.heads + head) * 2u * p.pieces + d;
         let j = i + p.pieces;

@@ -1,6 +1,6 @@
 // rope_cache: rotates the queries and keys of new tokens by their positions; keys and values go into a layer's cache
 // x             [T, N + 2 G, H]: queries, keys, values
-// frequency     [H / 2]; H a multiple of 4
+// frequency     [H / 2], or [T, H / 2]: each token's own (own = 1); H a multiple of 4
 // places        [T]: each token's position and slot
 // y             [T, N, H], the queries
 // keys, values  [slots, G, H]
@@ -8,10 +8,10 @@
 #import grid
 #import rotation
 #import keys
-struct Params { tokens: u32, heads: u32, kv_heads: u32, half: u32 }
+struct Params { tokens: u32, heads: u32, kv_heads: u32, half: u32, own: u32, scale: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec2<f32>>;             // [T, N + 2 G, H / 2]
-@group(0) @binding(2) var<storage, read> frequency: array<vec2<f32>>;     // [H / 4]
+@group(0) @binding(2) var<storage, read> frequency: array<vec2<f32>>;     // [H / 4] or [T, H / 4]
 @group(0) @binding(3) var<storage, read> places: array<vec2<u32>>;        // [T]
 @group(0) @binding(4) var<storage, read_write> y: array<vec2<f32>>;       // [T, N, H / 2]
 @group(0) @binding(5) var<storage, read_write> keys: array<KeyPair>;      // [slots, G, H / 2]
@@ -44,10 +44,11 @@ fn main(
         values[to + quarter] = narrow(b);
         return;
     }
-    let first = cos_sin(rotary_angle(place.x, frequency[i].x));
-    let second = cos_sin(rotary_angle(place.x, frequency[i].y));
-    let c = vec2<f32>(first.x, second.x);
-    let s = vec2<f32>(first.y, second.y);
+    let f = frequency[token * quarter * p.own + i];
+    let first = cos_sin(rotary_angle(place.x, f.x));
+    let second = cos_sin(rotary_angle(place.x, f.y));
+    let c = vec2<f32>(first.x, second.x) * p.scale;
+    let s = vec2<f32>(first.y, second.y) * p.scale;
     let low = a * c - b * s;
     let high = b * c + a * s;
     if head < p.heads {

@@ -4,7 +4,7 @@
 // shared    WG f32
 #import grid
 #import reduce
-struct Params { rows: u32, columns: u32 }
+struct Params { rows: u32, columns: u32, zero: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<f32>;         // [R, C]
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;   // [R, C]
@@ -27,7 +27,8 @@ fn main(
     let m = reduce_max(largest, lane);
     var sum = 0.0;
     for (var c = lane; c < p.columns; c += WG) {
-        sum += exp(x[base + c] - m);
+        // What is not finite makes the sum NaN, whatever max and exp make of it: 0, which compilers do not know.
+        sum += fma(x[base + c], p.zero, exp(x[base + c] - m));
     }
     let total = reduce_sum(sum, lane);
     for (var c = lane; c < p.columns; c += WG) {

@@ -4,7 +4,7 @@
 // shared    WG f32
 #import grid
 #import reduce
-struct Params { rows: u32, columns: u32 }
+struct Params { rows: u32, columns: u32, zero: f32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> y: array<f32>;          // [R, C]
 @group(0) @binding(2) var<storage, read> dy: array<f32>;         // [R, C]

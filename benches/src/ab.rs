@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::compare::{Comparison, Verdict, compare};
 use crate::device::Device;
 use crate::measure::{Clock, Prepared, Sample, Session, Times};
-use crate::record::{CaseRecord, Limits, Record, built_from};
+use crate::record::{CaseRecord, Limits, Record};
 use crate::stats;
 use crate::suite::{Suite, entries};
 
@@ -54,13 +54,13 @@ enum Ask {
     Limits,
 }
 
-/// Serves a parent over stdin and stdout until stdin ends.
-pub fn work(suite: &Suite, adapter: Option<String>) -> Result<()> {
+/// Serves a parent over stdin and stdout until stdin ends. `commit` is the one that this program was built from.
+pub fn work(suite: &Suite, adapter: Option<String>, commit: Option<String>) -> Result<()> {
     let session = Session::open(adapter)?;
     let mut left = entries(&session.gpu, suite);
     let hello = Hello {
         protocol: PROTOCOL,
-        commit: built_from(),
+        commit,
         device: Device::of(&session.gpu),
         clock: session.clock,
         names: left.iter().map(|e| e.name.clone()).collect(),
@@ -283,8 +283,6 @@ impl Interleaved {
             let mut record =
                 Record::new(suite, h.commit.clone(), h.device.clone(), h.clock, limits);
             record.made.session = Some(stamp);
-            // Not this program's own commit, if the worker has none.
-            record.made.commit = h.commit.clone();
             record
         };
         let records = [record(a), record(b)];

@@ -49,7 +49,7 @@ impl Device {
             backend: info.backend.to_str().to_owned(),
             driver: info.driver.clone(),
             driver_info: info.driver_info.clone(),
-            wgpu: wgpu_version().to_owned(),
+            wgpu: WGPU_VERSION.to_owned(),
             features: features.map(|(name, _)| name.to_owned()).collect(),
             limits: [
                 ("max_binding", gpu.max_binding()),
@@ -105,12 +105,8 @@ impl Device {
     }
 }
 
-/// The version in the workspace's lock file; wgpu itself does not tell.
-fn wgpu_version() -> &'static str {
-    let lock = include_str!("../../Cargo.lock");
-    let entry = lock.split("[[package]]").find(|entry| entry.contains("name = \"wgpu\"\n"));
-    entry.and_then(|e| e.split("version = \"").nth(1)?.split('"').next()).unwrap_or("unknown")
-}
+/// The version of wgpu in the lock file that this program was built with.
+pub const WGPU_VERSION: &str = env!("WGPU_VERSION");
 
 fn processor() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -132,7 +128,7 @@ pub(crate) mod tests {
             backend: "vulkan".into(),
             driver: "d".into(),
             driver_info: "1.0".into(),
-            wgpu: wgpu_version().into(),
+            wgpu: WGPU_VERSION.into(),
             features: vec!["SUBGROUP".into()],
             limits: [("subgroup_min".into(), 32)].into(),
             system: "linux x86_64".into(),
@@ -143,7 +139,7 @@ pub(crate) mod tests {
     #[test]
     fn unlike_devices_are_told_apart() {
         assert_eq!(device().unlike(&device()), Vec::<String>::new());
-        assert!(wgpu_version().starts_with(|c: char| c.is_ascii_digit()));
+        assert!(WGPU_VERSION.starts_with(|c: char| c.is_ascii_digit()));
         let driver = Device { driver_info: "1.1".into(), ..device() };
         assert_eq!(device().unlike(&driver), ["driver version: 1.0 against 1.1"]);
         let features = Device { features: vec!["SHADER_F16".into()], ..device() };

@@ -178,11 +178,6 @@ impl CaseRecord {
     }
 }
 
-/// The commit that `DEMASK_COMMIT` named when this program was built.
-pub fn built_from() -> Option<String> {
-    option_env!("DEMASK_COMMIT").filter(|c| !c.is_empty()).map(str::to_owned)
-}
-
 /// For the record.
 pub fn kernels(used: &[VariantUse]) -> Vec<KernelRecord> {
     let one = |v: &VariantUse| KernelRecord {
@@ -260,7 +255,7 @@ impl Record {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let made = Made {
             demask: env!("CARGO_PKG_VERSION").into(),
-            commit: commit.or_else(built_from),
+            commit,
             unix_time: now.map_or(0, |t| t.as_secs()),
             suite: suite.into(),
             took: 0.0,

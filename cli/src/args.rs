@@ -117,7 +117,8 @@ impl Common {
 /// Which model, and in what precision.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Hugging Face folder (config.json, model.safetensors, tokenizer.json) or GGUF file
+    /// Hugging Face folder (config.json, model.safetensors, tokenizer.json) or GGUF file, or a name in the hub's cache
+    /// on this machine (org/name, org/name@revision, org/name/file.gguf)
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
 

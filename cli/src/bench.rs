@@ -18,7 +18,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::ui::Notices;
-use crate::{interrupt, ui};
+use crate::{interrupt, ui, version};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -41,7 +41,7 @@ or a wrong command line.";
 const RUN_EXAMPLES: &str = "\
 Examples:
   demask bench run --json base.json
-  demask bench run --suite full --json full.json --commit $(git rev-parse HEAD)
+  demask bench run --suite full --json full.json
   demask bench run --suite attention --markdown -
   demask bench run --json out.json --github github.json --bmf bencher.json
 
@@ -110,7 +110,7 @@ struct RunArgs {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// The commit that this program was built from
+    /// The commit that this program was built from [default: the one that --version says]
     #[arg(long, value_name = "HASH")]
     commit: Option<String>,
 
@@ -260,7 +260,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Command::Report(args) => report(args),
         Command::Decode(args) => decode::run(args),
         Command::Worker(args) => {
-            ab::work(&Suite::from(args.suite.as_str()), args.adapter)?;
+            ab::work(&Suite::from(args.suite.as_str()), args.adapter, version::commit())?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -272,7 +272,8 @@ fn run_suite(args: RunArgs) -> Result<ExitCode> {
     let suite = Suite::from(args.suite.as_str());
     let budget = args.budget.map_or(measure::Options::budget(&suite), Duration::from_secs);
     let adapter = args.device.adapter;
-    let options = measure::Options { suite, adapter, commit: args.commit, budget };
+    let commit = args.commit.or_else(version::commit);
+    let options = measure::Options { suite, adapter, commit, budget };
     let mut progress = Progress::new(notices);
     let record = measure::run(&options, &mut |what, share| progress.step(what, share))?;
     drop(progress);

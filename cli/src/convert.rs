@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use demask_engine::model::StoredType;
 use demask_engine::model::merge::{ConvertOptions, convert, written_type};
+use demask_engine::model::{StoredType, Tokenizer, Weights};
 
 use crate::args::{Output, type_parser};
 use crate::ui;
@@ -62,6 +62,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
     bar.finish_and_clear();
     for token in lost {
         args.output.notices().say(&format!("not in the file: the added token {token}"));
+    }
+    if args.out.extension().is_some_and(|extension| extension == "gguf") {
+        let (config, _) = Weights::open(&args.model)?;
+        let tokenizer = Tokenizer::for_model(&args.model, &config)?;
+        for note in tokenizer.otherwise_in_llama_cpp(&config)? {
+            args.output.notices().say(&note);
+        }
     }
     args.output.model_written(&args.out, dtype)?;
     Ok(ExitCode::SUCCESS)

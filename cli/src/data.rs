@@ -7,14 +7,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::Subcommand;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use demask_trainer::data::build::{Progress, build};
-use demask_trainer::data::recipe::{CorpusRecipe, Decontaminate};
+use demask_trainer::data::recipe::{CorpusRecipe, Decontaminate, Format};
 use demask_trainer::data::sample::{GIVEN, Vocabulary};
 use demask_trainer::data::shards::{Dataset, Shard};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::args::Output;
+use crate::chat::ChatArgs;
 use crate::ui::Notices;
 use crate::{interrupt, ui};
 
@@ -22,11 +24,13 @@ const EXAMPLES: &str = "\
 Examples:
   demask data build src/ --tokenizer MODEL --out data
   demask data build corpus.toml --out data
+  demask data build conversations.parquet --tokenizer MODEL --out data
   demask data build corpus.toml --root ~/corpus --against HumanEval.jsonl.gz --out data
   demask data show data --documents 3
 
-Sources are directories of source code, JSONL (also .gz, .zst) and Parquet files. A
-corpus recipe, short:
+Sources are directories of source code, JSON by lines or as a list (also .gz, .zst)
+and Parquet files; what the rows of a file hold, its columns say. A corpus recipe,
+short:
   tokenizer = \"tokenizer\"        # folder or GGUF file
   held_out = 0.01                # of each source, by package
   fim_rate = 0.1
@@ -39,7 +43,9 @@ corpus recipe, short:
   [[source]]
   name = \"chat\"
   paths = [\"chat.jsonl\"]
-  format = \"messages\"            # or prompt_response, alpaca, edit
+  format = \"messages\"            # or text, prompt_response, alpaca, edit
+  [chat_args]                    # what the chat template is told
+  enable_thinking = false
 
 Ctrl-C stops it; the same command goes on. The same input gives the same dataset.";
 
@@ -72,6 +78,10 @@ struct BuildArgs {
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
+    /// What the rows of the files hold [default: what their columns say]
+    #[arg(long, value_name = "FORMAT", value_parser = format_parser())]
+    format: Option<Format>,
+
     /// Folder that relative paths in the recipe start from [default: the recipe's own]
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
@@ -79,6 +89,9 @@ struct BuildArgs {
     /// Leave out what shares 13 words with this evaluation set (JSONL), beside the recipe's
     #[arg(long, value_name = "FILE")]
     against: Vec<PathBuf>,
+
+    #[command(flatten)]
+    chat: ChatArgs,
 
     #[command(flatten)]
     output: Output,
@@ -106,6 +119,15 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
 }
 
+/// The names of the formats of rows.
+fn format_parser() -> impl TypedValueParser<Value = Format> {
+    let formats =
+        [Format::Text, Format::Messages, Format::PromptResponse, Format::Alpaca, Format::Edit];
+    PossibleValuesParser::new(formats.map(Format::name)).map(move |name| {
+        formats.into_iter().find(|format| format.name() == name).unwrap_or_default()
+    })
+}
+
 /// The recipe that paths on the command line stand for.
 pub fn corpus_recipe(paths: &[PathBuf], root: Option<&Path>) -> Result<CorpusRecipe> {
     if let [path] = paths
@@ -120,6 +142,10 @@ fn run_build(args: BuildArgs) -> Result<ExitCode> {
     interrupt::listen("leaving after the files in work; the same command goes on");
     let notices = args.output.notices();
     let mut recipe = corpus_recipe(&args.paths, args.root.as_deref())?;
+    if let Some(format) = args.format {
+        recipe.source.iter_mut().for_each(|source| source.format = Some(format));
+    }
+    recipe.recognise()?.iter().for_each(|line| notices.say(line));
     if !args.against.is_empty() {
         let empty = Decontaminate { against: Vec::new(), words: 13 };
         recipe.decontaminate.get_or_insert(empty).against.extend(args.against);
@@ -129,7 +155,10 @@ fn run_build(args: BuildArgs) -> Result<ExitCode> {
         tokenizer.is_some(),
         "name the tokenizer (a model, or a folder from demask tokenizer train) with --tokenizer or in the recipe"
     );
-    let vocabulary = Vocabulary::open(&tokenizer.unwrap_or_default())?;
+    let mut vocabulary = Vocabulary::open(&tokenizer.unwrap_or_default())?;
+    let mut told = recipe.chat_args.clone();
+    told.extend(args.chat.variables());
+    vocabulary.tell(&told)?;
     let began = Instant::now();
     let bar = Bar::new(notices);
     let hear = |progress: Progress| {
@@ -207,6 +236,7 @@ fn summary(dataset: &Dataset, seconds: Option<Duration>) -> serde_json::Value {
     let sources = dataset.manifest.sources.iter().map(|source| {
         json!({
             "name": source.name,
+            "format": source.format,
             "weight": source.weight,
             "train": part(&source.train),
             "held_out": part(&source.held_out),

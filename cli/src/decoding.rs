@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use demask_engine::decode::{DecodeOptions, FinishReason, Mode, Order, Sampling, Schedule};
-use demask_engine::model::LlamaConfig;
+use demask_engine::model::{LlamaConfig, Tokenizer};
 
 /// Tokens of an answer where --max-tokens does not say.
 const DEFAULT_TOKENS: usize = 256;
@@ -155,7 +155,7 @@ impl DecodingArgs {
         config: &LlamaConfig,
         prompt: usize,
     ) -> Result<DecodeOptions> {
-        let room = config.max_position_embeddings.saturating_sub(prompt).max(1);
+        let room = config.context_length().saturating_sub(prompt).max(1);
         Ok(DecodeOptions {
             mode: self.mode(command, config)?,
             max_tokens: self.max_tokens.unwrap_or(DEFAULT_TOKENS.min(room)),
@@ -170,6 +170,30 @@ impl DecodingArgs {
             ..DecodeOptions::autoregressive(config)
         })
     }
+}
+
+/// What to say of an answer that may run past its end: that no token ends one, or, where a model is `told` something by
+/// its chat template, that the token which ends a turn there is none of those that end an answer. So it is in
+/// transformers, too.
+pub fn endless(tokenizer: &Tokenizer, config: &LlamaConfig, told: bool) -> Result<Option<String>> {
+    let ends = &config.eos_token_ids;
+    let name = |id: u32| tokenizer.id_to_token(id).unwrap_or_else(|| id.to_string());
+    if ends.is_empty() {
+        return Ok(Some(
+            "the model's files name no token that ends an answer (eos_token_id of generation_config.json, or without \
+             that file of config.json): only --max-tokens will"
+                .into(),
+        ));
+    }
+    let turn = if told { tokenizer.end_of_turn()? } else { None };
+    Ok(turn.filter(|id| !ends.contains(id)).map(|id| {
+        let ends: Vec<String> = ends.iter().map(|&id| name(id)).collect();
+        format!(
+            "the chat template ends a turn with {}, but the model's files name {} alone as the end: the answer may run on",
+            name(id),
+            ends.join(", ")
+        )
+    }))
 }
 
 /// Positions that a mode fills together.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use demask_engine::decode::{DecodeOptions, Generation, Mode, Schedule};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer, Weights};
+use demask_engine::model::{Llama, LlamaConfig, Precision, Tokenizer, Weights, hub};
 use demask_trainer::recipe::{
     BlockLength, Checkpoints, Data, Guard, ModelSource, Objective, Optimizer, Phase, Recipe,
     Validation,
@@ -88,7 +88,7 @@ fn answer_options(config: &LlamaConfig, seed: u64) -> Result<DecodeOptions> {
 pub fn run(args: Args) -> Result<ExitCode> {
     interrupt::listen("leaving after this step");
     let path = match &args.model {
-        Some(path) => path.clone(),
+        Some(path) => hub::resolve(path)?,
         None => shipped_model()?,
     };
     let (config, weights) = Weights::open(&path)?;
@@ -160,8 +160,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
 fn shipped_model() -> Result<PathBuf> {
     let program = std::env::current_exe().unwrap_or_default();
     let installed = program.parent().map(|bin| bin.join("../share/demask/small-coder"));
-    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
-    let places: Vec<PathBuf> = installed.into_iter().chain([tree]).collect();
+    let source = Path::new(demask_trainer::MODELS).join("small-coder");
+    let places: Vec<PathBuf> = installed.into_iter().chain([source]).collect();
     let found = places.iter().find(|place| place.join("model.gguf").exists());
     found.cloned().with_context(|| {
         let places: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();

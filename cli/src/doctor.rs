@@ -4,7 +4,8 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use demask_engine::gpu::{ADAPTER_ENV, AdapterEntry, Gpu, GpuOptions, install_hint, list};
+use demask_engine::gpu::{ADAPTER_ENV, AdapterEntry, Gpu, GpuOptions, Refusal, install_hint, list};
+use demask_engine::numerics;
 use demask_engine::ops::{Layout, Product};
 use demask_engine::selftest::{self, Check};
 use demask_engine::tensor::DType;
@@ -52,14 +53,20 @@ struct Examined {
     gpu: Gpu,
     why: String,
     checks: Vec<Check>,
+    numerics: Vec<numerics::Row>,
     gflops: f64,
     /// Which kernel serves which class of products, against what.
     kernels: Vec<(String, Decision)>,
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
-    let adapters = pollster::block_on(list());
+    let mut adapters = pollster::block_on(list());
     let examined = examine(&args, &adapters);
+    if let Ok(examined) = &examined {
+        // Of the one that was opened it is known what it gives.
+        let chosen = examined.gpu.adapter();
+        adapters.iter_mut().filter(|a| a.index == chosen.index).for_each(|a| *a = chosen.clone());
+    }
     if args.common.output.json {
         ui::print_json(&as_json(&adapters, &examined))?;
     } else {
@@ -119,9 +126,11 @@ fn examine(args: &Args, adapters: &[AdapterEntry]) -> Result<Examined> {
     let gpu = Gpu::open(options)?;
     common.notices().say("testing the kernels …");
     let checks = selftest::run(&gpu).context("the self-test could not run")?;
+    let numerics = numerics::probe(&gpu).context("the table of the driver's arithmetic")?;
     let gflops = selftest::matmul_gflops(&gpu, SPEED_SIZE).context("the speed test")?;
     let kernels = kernels(args, &gpu).context("the race of kernels")?;
-    Ok(Examined { why: why(common, gpu.adapter(), adapters), gpu, checks, gflops, kernels })
+    let why = why(common, gpu.adapter(), adapters);
+    Ok(Examined { gpu, why, checks, numerics, gflops, kernels })
 }
 
 fn why(common: &Common, chosen: &AdapterEntry, adapters: &[AdapterEntry]) -> String {
@@ -165,7 +174,14 @@ fn tiers(entry: &AdapterEntry, shapes: &[String]) -> [(&'static str, Option<&'st
         (true, false) => Some("no f16"),
         (false, false) => Some("neither subgroups nor f16"),
     };
-    let cooperative = shapes.is_empty().then_some("the driver offers none");
+    let is_refused = |name: &str| entry.refused.iter().any(|r| r.what == name);
+    let cooperative = match shapes.is_empty() {
+        true if is_refused("EXPERIMENTAL_COOPERATIVE_MATRIX") => {
+            Some("the driver offers and then refuses it")
+        }
+        true => Some("the driver offers none"),
+        false => None,
+    };
     [("base (f32)", None), ("subgroup + f16", subgroup), ("cooperative matrix", cooperative)]
 }
 
@@ -188,7 +204,7 @@ fn adapter_table(adapters: &[AdapterEntry], examined: &Result<Examined>) -> Stri
 }
 
 fn report(examined: &Examined) -> String {
-    let Examined { gpu, why, checks, gflops, kernels } = examined;
+    let Examined { gpu, why, checks, numerics, gflops, kernels } = examined;
     let entry = gpu.adapter();
     let limits = &entry.limits;
     let shapes = cooperative_shapes(entry);
@@ -218,6 +234,14 @@ fn report(examined: &Examined) -> String {
     let matrices = if shapes.is_empty() { "no".to_owned() } else { shapes.join(", ") };
     text += &row("cooperative matrix", &matrices);
 
+    if !entry.refused.is_empty() {
+        text += &format!("\n{}\n", ui::heading("Offered by the driver and then refused"));
+        for refusal in &entry.refused {
+            text += &format!("   {}\n", refusal.what);
+            text += &ui::dim(&ui::wrap(refusal.why.trim(), 7));
+        }
+    }
+
     text += &format!("\n{}\n", ui::heading("Kernel tiers this adapter allows"));
     for (name, missing) in tiers(entry, &shapes) {
         let value = missing.map_or("yes".to_owned(), |m| format!("no: {m}"));
@@ -229,6 +253,12 @@ fn report(examined: &Examined) -> String {
         let verdict = if c.ok { ui::good("ok    ") } else { ui::bad("WRONG ") };
         let name = c.name;
         text += &format!("   {verdict}{name:<34}{:>8.1e} of {:.0e}\n", c.max_error, c.bound);
+    }
+    let differs = |row: &numerics::Row| format!("{} = {}", row.expression, row.text());
+    let differing: Vec<_> = numerics.iter().filter(|r| r.differs).map(differs).collect();
+    if !differing.is_empty() {
+        let differing = differing.join(",  ");
+        text += &ui::dim(&ui::wrap(&format!("unlike IEEE 754, no kernel minds: {differing}"), 3));
     }
     let size = format!("f32 matmul {SPEED_SIZE}³");
     text += &format!("\n   {size}: {} GFLOP/s\n", ui::count(*gflops));
@@ -295,6 +325,7 @@ fn hints(entry: &AdapterEntry) -> Vec<String> {
 }
 
 fn as_json(adapters: &[AdapterEntry], examined: &Result<Examined>) -> Value {
+    let refusal = |r: &Refusal| json!({ "what": r.what, "why": r.why.trim() });
     let adapter = |entry: &AdapterEntry| {
         let has = |feature| entry.features.contains(feature);
         let shapes = cooperative_shapes(entry);
@@ -321,12 +352,17 @@ fn as_json(adapters: &[AdapterEntry], examined: &Result<Examined>) -> Value {
                 "timestamps": has(Features::TIMESTAMP_QUERY),
                 "cooperative_matrix": shapes,
             },
+            "refused": entry.refused.iter().map(refusal).collect::<Vec<_>>(),
             "tiers": tiers,
         })
     };
     let check = |c: &Check| {
         let Check { name, max_error, bound, ok } = c;
         json!({ "name": name, "max_error": max_error, "bound": bound, "ok": ok })
+    };
+    let numeric = |row: &numerics::Row| {
+        let (expression, value) = (row.expression, row.text());
+        json!({ "expression": expression, "value": value, "ieee": !row.differs, "needed": row.needed })
     };
     let mut object = json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -337,6 +373,7 @@ fn as_json(adapters: &[AdapterEntry], examined: &Result<Examined>) -> Value {
             "chosen": e.gpu.adapter().index,
             "why": e.why,
             "selftest": e.checks.iter().map(check).collect::<Vec<_>>(),
+            "numerics": e.numerics.iter().map(numeric).collect::<Vec<_>>(),
             "matmul_gflops": e.gflops,
             "kernels": e.kernels.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
             "hints": hints(e.gpu.adapter()),

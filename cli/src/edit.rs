@@ -10,12 +10,12 @@ use anyhow::{Context, Result, ensure};
 use demask_engine::decode::{self, DecodeOptions, Event, FinishReason, Request, score};
 use demask_engine::model::{Llama, Tokenizer};
 use demask_engine::tune;
-use demask_trainer::data::read::edit_request;
+use demask_trainer::data::conversation::edit_request;
 use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs};
-use crate::chat::user_message;
-use crate::decoding::{DecodingArgs, mode_name, pass_rows};
+use crate::chat::{ChatArgs, user_message};
+use crate::decoding::{DecodingArgs, endless, mode_name, pass_rows};
 use crate::patch::{ApplyArgs, Lines};
 use crate::show::Stream;
 use crate::steps::{Steps, StepsArgs};
@@ -59,6 +59,9 @@ pub struct Args {
     below: Option<f32>,
 
     #[command(flatten)]
+    chat: ChatArgs,
+
+    #[command(flatten)]
     apply: ApplyArgs,
 
     #[command(flatten)]
@@ -100,14 +103,18 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let path = args.model.model.display();
     let tokenizer = Tokenizer::for_model(&args.model.model, &model.config)?;
     let draft = args.apply.open(&args.file)?;
-    let prompt = user_message(&tokenizer, &edit_request(&draft.text, &args.instruction))
-        .with_context(|| path.to_string())?;
+    let prompt =
+        user_message(&tokenizer, &edit_request(&draft.text, &args.instruction), &args.chat)
+            .with_context(|| path.to_string())?;
     let options = args.decoding.options("edit", &model.config, prompt.len())?;
     let gpu = args.common.open_gpu_for(&args.model)?;
     let notices = args.common.notices();
+    if let Some(warning) = endless(&tokenizer, &model.config, true)? {
+        notices.say(&warning);
+    }
     let llama = model.load(&gpu, notices)?;
     let products = tune::products(&llama, &[1, pass_rows(&options), 512], false);
-    args.tune.prepare(&gpu, &products, notices)?;
+    args.tune.recall(&gpu, &products, notices)?;
 
     let began = Instant::now();
     let cost = Cost { whole: true, ..Cost::default() };
@@ -222,7 +229,7 @@ impl Editor<'_> {
         enough: impl Fn(&str) -> bool,
     ) -> Result<(String, FinishReason)> {
         let config = self.llama.config();
-        let room = config.max_position_embeddings.saturating_sub(prompt.len());
+        let room = config.context_length().saturating_sub(prompt.len());
         let max_tokens = self.options.max_tokens.min(room);
         let options = DecodeOptions { max_tokens, ..self.options.clone() };
         let request = Request::answer(config, prompt, &options)?;

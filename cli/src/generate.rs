@@ -12,8 +12,8 @@ use demask_engine::tune;
 use serde_json::{Value, json};
 
 use crate::args::{Common, ModelArgs, read_text};
-use crate::chat::user_message;
-use crate::decoding::{DecodingArgs, block_length, mode_name, pass_rows, reason_name};
+use crate::chat::{ChatArgs, user_message};
+use crate::decoding::{DecodingArgs, block_length, endless, mode_name, pass_rows, reason_name};
 use crate::show::{Live, Stream, answer_text, harmless};
 use crate::steps::{Steps, StepsArgs};
 use crate::tune::TuneArgs;
@@ -25,6 +25,7 @@ Examples:
   demask generate --model DIR --prompt-file main.py --max-tokens 64 --show
   demask generate --model model.gguf --prompt 'Once upon' --temperature 0.8 --seed 7
   demask generate --model DIR --chat --prompt 'Write a function that adds two numbers.'
+  demask generate --model DIR --chat --prompt 'What is 2 + 3?' --chat-arg enable_thinking=false
   demask generate --model DIR --prompt 'class Stack:' --trace steps.html --explain-steps
   echo 'import os' | demask generate --model DIR --prompt-file - --json | jq -r .text
 
@@ -56,6 +57,9 @@ pub struct Args {
     chat: bool,
 
     #[command(flatten)]
+    chat_args: ChatArgs,
+
+    #[command(flatten)]
     decoding: DecodingArgs,
 
     /// Draw the block being unmasked (on a terminal): ░ is open, colours tell the confidence
@@ -83,17 +87,20 @@ pub fn run(args: Args) -> Result<ExitCode> {
         (None, None) => crate::usage("generate", "give --prompt or --prompt-file"),
     };
     let ids = match args.chat {
-        true => user_message(&tokenizer, &prompt)
+        true => user_message(&tokenizer, &prompt, &args.chat_args)
             .with_context(|| format!("--chat with {}", path.display()))?,
         false => tokenizer.encode(&prompt, true)?,
     };
     let options = args.decoding.options("generate", &model.config, ids.len())?;
+    if let Some(warning) = endless(&tokenizer, &model.config, args.chat)? {
+        args.common.notices().say(&warning);
+    }
     let gpu = args.common.open_gpu_for(&args.model)?;
     let llama = model.load(&gpu, args.common.notices())?;
 
     let rows = [1, pass_rows(&options), ids.len().clamp(1, 512)];
     let products = tune::products(&llama, &rows, false);
-    args.tune.prepare(&gpu, &products, args.common.notices())?;
+    args.tune.recall(&gpu, &products, args.common.notices())?;
 
     let output = Output::of(args.common.output.json, args.show);
     let request = Request::answer(&model.config, &ids, &options)?;

@@ -157,7 +157,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let llama = model.load(&gpu, args.common.notices())?;
     let options = args.decoding.options("infill", &model.config, 0)?;
     let products = tune::products(&llama, &[1, pass_rows(&options), 512], false);
-    args.tune.prepare(&gpu, &products, args.common.notices())?;
+    args.tune.recall(&gpu, &products, args.common.notices())?;
 
     let filling = Filling { args: &args, llama: &llama, tokenizer: &tokenizer };
     if args.below.is_some() {
@@ -269,11 +269,12 @@ impl Filling<'_> {
     fn by_prompt(&self, fim: Fim, before: &str, behind: &str, alone: bool) -> Result<Filled> {
         let (args, config) = (self.args, self.llama.config());
         let mut options = args.decoding.options("infill", config, 0)?;
-        let names = 3;
+        let [begin, _] = self.tokenizer.around()?;
+        let names = 3 + begin.len();
         let room = (options.max_tokens + names).min(config.max_position_embeddings / 2);
         options.max_tokens = room.saturating_sub(names).max(1);
         let [prefix, suffix] = self.near(before, behind, room)?;
-        let ids = fim.prompt(&prefix, &suffix, args.fim_order.into());
+        let ids = [begin, fim.prompt(&prefix, &suffix, args.fim_order.into())].concat();
         // A model that begins another example has ended this one.
         for id in [fim.prefix, fim.suffix, fim.middle] {
             if !options.eos_ids.contains(&id) {
@@ -309,7 +310,12 @@ impl Filling<'_> {
         let mut options = args.decoding.options("infill", config, 0)?;
         options.sampling.forbidden = std::mem::take(&mut options.eos_ids);
         let mode = options.mode.clone();
-        let [prefix, suffix] = self.near(before, behind, longest)?;
+        let [begin, _] = self.tokenizer.around()?;
+        let whole = self.tokenizer.encode_text(before)?.len();
+        let [mut prefix, suffix] = self.near(before, behind, longest + begin.len())?;
+        if prefix.len() == whole {
+            prefix.splice(..0, begin);
+        }
         let requests: Vec<Request> = lengths
             .iter()
             .map(|&n| {
@@ -406,7 +412,9 @@ impl Filling<'_> {
         let mut options = args.decoding.options("infill", config, 0)?;
         options.sampling.forbidden = std::mem::take(&mut options.eos_ids);
         let tokens = tokenizer.encode_text(&draft.text)?;
-        let logprobs = score(self.llama, &tokens, mode)?;
+        let [begin, _] = tokenizer.around()?;
+        let whole = [&begin[..], &tokens].concat();
+        let logprobs = score(self.llama, &whole, mode)?.split_off(begin.len());
         let lines = match &args.lines {
             Some(lines) => lines.offsets(&draft.text)?,
             None => 0..draft.text.len(),
@@ -419,7 +427,8 @@ impl Filling<'_> {
             at += tokenizer.token_bytes(token).map_or(0, <[u8]>::len);
         }
         let n = open.iter().filter(|&&open| open).count();
-        let request = Request { tokens: tokens.clone(), open, options };
+        open.splice(..0, begin.iter().map(|_| false));
+        let request = Request { tokens: whole, open, options };
         let mut steps = Steps::new(tokenizer, &request);
         let began = Instant::now();
         let answer = decode::fill(self.llama, request, |event| {
@@ -430,7 +439,7 @@ impl Filling<'_> {
             }
         })?;
         // What stayed open keeps its token.
-        let kept = answer.tokens.iter().zip(&answer.open).zip(&tokens);
+        let kept = answer.tokens.iter().zip(&answer.open).skip(begin.len()).zip(&tokens);
         let ids: Vec<u32> =
             kept.map(|((&new, &open), &old)| if open { old } else { new }).collect();
         let after = tokenizer.decode(&ids, false);

@@ -17,6 +17,7 @@ mod edit;
 mod generate;
 mod infill;
 mod interrupt;
+mod manual;
 mod merge;
 mod patch;
 mod plan;
@@ -25,14 +26,16 @@ mod score;
 mod show;
 mod sources;
 mod steps;
+mod template;
 mod tokenizer;
 mod train;
 mod tune;
 mod ui;
+mod version;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 const EXAMPLES: &str = "\
 First steps:
@@ -42,6 +45,7 @@ First steps:
   demask infill main.py --at 12:5 --model DIR
   demask edit main.py --instruction 'add type hints' --model DIR
   demask score --model DIR --file main.py
+  demask template --model DIR --messages chat.json
   demask data build src/ --tokenizer MODEL --out data
   demask train recipe.toml --out runs/first
   demask report runs/first
@@ -57,7 +61,13 @@ Exit codes: 0 success, 1 failure (file, GPU, memory), 2 wrong command line.";
 
 /// Train and run block-diffusion code models on any GPU.
 #[derive(Parser)]
-#[command(name = "demask", version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(
+    name = "demask",
+    version = version::short(),
+    long_version = version::long(),
+    after_help = EXAMPLES,
+    max_term_width = 100
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -77,7 +87,10 @@ enum Command {
     Infill(infill::Args),
     Edit(edit::Args),
     Score(score::Args),
+    Template(template::Args),
     Bench(bench::Args),
+    Completions(manual::CompletionsArgs),
+    Man(manual::ManArgs),
 }
 
 fn main() -> ExitCode {
@@ -108,7 +121,10 @@ fn main() -> ExitCode {
         Command::Infill(args) => infill::run(args),
         Command::Edit(args) => edit::run(args),
         Command::Score(args) => score::run(args),
+        Command::Template(args) => template::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Completions(args) => manual::completions(Cli::command(), args),
+        Command::Man(args) => manual::man(Cli::command(), args),
     };
     match result {
         Ok(code) => code,
@@ -133,7 +149,6 @@ fn silence_drivers() {
 
 /// A command line that parses and still makes no sense: exit code 2, like those that do not parse.
 fn usage(command: &str, message: &str) -> ! {
-    use clap::CommandFactory;
     let mut cli = Cli::command();
     cli.build();
     let command = cli.find_subcommand_mut(command).expect("commands name themselves");
@@ -162,7 +177,6 @@ fn one_line(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

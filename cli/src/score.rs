@@ -122,6 +122,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         );
     }
     let perplexity = perplexity(&logprobs);
+    ensure_finite(path, "perplexity", perplexity)?;
     let bits =
         tokenizer.as_ref().and_then(|t| bits_per_byte(&logprobs, scored_bytes(t, &ids, &logprobs)));
     let tokens: Vec<Scored> = ids
@@ -171,7 +172,7 @@ fn against(
     bar.finish_and_clear();
     ensure!(!all.is_empty(), "nothing to compare: no token of the text has one before it");
     ensure!(
-        all.iter().all(|d| d.kl.is_finite()),
+        all.iter().all(|d| d.kl.is_finite() && d.logprobs.iter().all(|p| p.is_finite())),
         "no finite probabilities; the weights of one model are damaged, or too large for this --precision"
     );
     let n = all.len() as f64;
@@ -180,6 +181,8 @@ fn against(
     divergences.sort_by(f64::total_cmp);
     let quantile = |q: f64| divergences[((n - 1.0) * q).round() as usize];
     let [theirs, ours] = [0, 1].map(|i| (-mean(&|d| d.logprobs[i])).exp());
+    ensure_finite(&args.model.model, "perplexity", Some(ours))?;
+    ensure_finite(args.reference.as_deref().unwrap_or(Path::new("")), "perplexity", Some(theirs))?;
     let same = mean(&|d| f64::from(u8::from(d.same_top)));
     let kl = mean(&|d| d.kl);
     if args.common.output.json {
@@ -208,6 +211,17 @@ fn against(
         100.0 * same
     ))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// JSON has no number for what is not finite, and nothing should be read into its absence.
+fn ensure_finite(model: &Path, name: &str, value: Option<f64>) -> Result<()> {
+    ensure!(
+        value.is_none_or(f64::is_finite),
+        "{}: the {name} is too large for a number: the model gives the text no probability worth the name; its \
+         weights are damaged, or it was made for other text or another tokenizer",
+        model.display()
+    );
+    Ok(())
 }
 
 /// Bytes of the tokens that are scored. Special tokens stand for no text.

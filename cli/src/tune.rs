@@ -21,15 +21,38 @@ pub struct TuneArgs {
     pub no_tune: bool,
 
     /// Seconds that kernels may race before work starts, the first time a device meets a model
+    /// [default: 6; 0 for commands that answer]
     ///
-    /// The results are kept (in the user's cache folder, or below DEMASK_CACHE); what no time was
-    /// left for keeps the usual kernel for good. `demask doctor --retune` starts over.
-    #[arg(long, value_name = "SECONDS", default_value_t = 6.0, conflicts_with = "no_tune")]
-    pub tune_seconds: f64,
+    /// The results are kept (in the user's cache folder, or below DEMASK_CACHE); what a race had no
+    /// time left for keeps the usual kernel for good. `demask doctor --retune` starts over.
+    /// `generate`, `infill` and `edit` race nothing unless this is given: they take what earlier
+    /// races decided, and the usual kernel for the rest.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "no_tune")]
+    pub tune_seconds: Option<f64>,
 }
 
+/// Seconds of a race where nobody says otherwise.
+const SECONDS: f64 = 6.0;
+
 impl TuneArgs {
-    /// Makes the device's choices for these products; `None` with `--no-tune`.
+    /// Makes the device's choices for these products before an answer that someone waits for: what was decided
+    /// earlier, and no race that was not asked for.
+    pub fn recall(&self, gpu: &Gpu, products: &[Product], notices: Notices) -> Result<()> {
+        if self.no_tune {
+            return Ok(());
+        }
+        if self.tune_seconds.is_some() {
+            return self.prepare(gpu, products, notices).map(drop);
+        }
+        let tuning = Tuning::open(gpu, &cache_dir());
+        if let Some(notice) = &tuning.notice {
+            notices.say(notice);
+        }
+        tuning.recall(products);
+        Ok(())
+    }
+
+    /// Makes the device's choices for these products, by races where nothing is decided; `None` with `--no-tune`.
     pub fn prepare(
         &self,
         gpu: &Gpu,
@@ -43,7 +66,7 @@ impl TuneArgs {
         if let Some(notice) = &tuning.notice {
             notices.say(notice);
         }
-        prepare(&mut tuning, products, self.tune_seconds, notices)?;
+        prepare(&mut tuning, products, self.tune_seconds.unwrap_or(SECONDS), notices)?;
         Ok(Some(tuning))
     }
 }

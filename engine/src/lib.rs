@@ -66,6 +66,7 @@ pub mod decode;
 pub mod error;
 pub mod gpu;
 pub mod model;
+pub mod numerics;
 pub mod ops;
 pub mod philox;
 pub mod selftest;

@@ -10,6 +10,7 @@ use half::bf16;
 use crate::Result;
 use crate::autograd::{Gradients, backward};
 use crate::gpu::Gpu;
+use crate::numerics;
 use crate::ops::{
     AdamW, AttentionOptions, Layout, Mask, Supervision, adamw_step, attention, gather, grad_norm,
     linear_cross_entropy, matmul, rms_norm, softmax,
@@ -58,6 +59,7 @@ pub fn run(gpu: &Gpu) -> Result<Vec<Check>> {
         check("linear_cross_entropy", Ok(loss)),
         check("linear_cross_entropy: gradients", Ok(loss_gradients)),
         check("adamw", adamw_error(gpu)),
+        check("NaN and infinity are kept", numerics_error(gpu)),
     ]
     .into_iter()
     .collect()
@@ -80,6 +82,12 @@ pub fn matmul_gflops(gpu: &Gpu, size: usize) -> Result<f64> {
         drop(y);
     }
     Ok(2.0 * (size as f64).powi(3) / best / 1e9)
+}
+
+/// Infinite if arithmetic does not keep what is not finite: then broken weights would go unnoticed.
+fn numerics_error(gpu: &Gpu) -> Result<f64> {
+    let lost = numerics::probe(gpu)?.iter().any(|row| row.needed && row.differs);
+    Ok(if lost { f64::INFINITY } else { 0.0 })
 }
 
 fn normal(seed: u64, n: usize) -> Vec<f32> {

@@ -137,6 +137,16 @@ impl Tuning {
         Ok(())
     }
 
+    /// Makes the device use what was decided for these products. The rest keep their defaults until a race decides.
+    pub fn recall(&self, products: &[Product]) {
+        for product in products {
+            let known = self.decisions.get(&product.class_name());
+            if let Some(kernel) = known.and_then(|d| MatmulKernel::named(&d.chosen)) {
+                product.decide(&self.gpu, kernel);
+            }
+        }
+    }
+
     /// Makes the device, one that only counts, use what was decided for these products, and takes the memory that the
     /// race of the others would take: see [`crate::gpu::GpuOptions::dry`].
     pub fn rehearse(&self, products: &[Product]) {

@@ -40,7 +40,7 @@ fn below(x: f32, largest: f32) -> f32 {
     return 2.0 * max(0.5 * x - 0.5 * largest, -60.0);
 }
 
-// -infinity becomes the lowest number, because WGSL leaves infinities undefined.
+// What is no finite number becomes the lowest one, so that it spreads no further; `choose` tells of it.
 fn number(bits: u32) -> f32 {
     return bitcast<f32>(select(LOWEST, bits, is_finite(bits)));
 }

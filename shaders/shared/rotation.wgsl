@@ -1,9 +1,9 @@
 // Cosine and sine of rotary angles.
 
-// Hugging Face rounds this product to f32. The max changes nothing; it keeps compilers from fusing the product into
-// the subtraction below, which would leave it unrounded.
+// Hugging Face rounds this product to f32. Clearing the sign changes nothing, as there is none; it keeps compilers from
+// fusing the product into the subtraction below, which would leave it unrounded. (max does too, but may lose NaN.)
 fn rotary_angle(position: u32, frequency: f32) -> f32 {
-    return max(f32(position) * frequency, 0.0);
+    return bitcast<f32>(bitcast<u32>(f32(position) * frequency) & 0x7fffffffu);
 }
 
 // Cosine and sine of an angle in [0, 100000]. WGSL promises 2^-11 and only on [-pi, pi], so both are computed

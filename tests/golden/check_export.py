@@ -20,13 +20,16 @@ import json
 import os
 import sys
 
-import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
-from transformers import LlamaForCausalLM
+try:
+    import numpy as np
+    import torch
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+    from transformers import LlamaForCausalLM
 
-from generate_golden import block_causal, causal, float64_throughout
+    from generate_golden import block_causal, causal, float64_throughout
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install numpy torch safetensors transformers peft; README.md has versions")
 
 
 def stored_tensors(folder):

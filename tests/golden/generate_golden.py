@@ -29,13 +29,17 @@ import contextlib
 import json
 import math
 import os
+import sys
 
-import numpy as np
-import torch
-from safetensors.numpy import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+try:
+    import numpy as np
+    import torch
+    from safetensors.numpy import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-import transformers
+    import transformers
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install numpy torch safetensors transformers peft; README.md has versions")
 
 torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(__file__))

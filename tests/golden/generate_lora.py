@@ -9,14 +9,18 @@ Made with torch 2.15, transformers 5.23, peft 0.21.
 """
 import os
 import shutil
+import sys
 
-import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+try:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaForCausalLM
 
-from generate_golden import float64_throughout
+    from generate_golden import float64_throughout
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install numpy torch safetensors transformers peft; README.md has versions")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

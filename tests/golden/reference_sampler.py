@@ -18,9 +18,13 @@ import json
 import math
 import os
 import random
+import sys
 
-import torch
-from transformers import DynamicCache, LlamaForCausalLM
+try:
+    import torch
+    from transformers import DynamicCache, LlamaForCausalLM
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install numpy torch safetensors transformers peft; README.md has versions")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MASK, BLOCK, VOCAB = 96, 4, 97

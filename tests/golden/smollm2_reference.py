@@ -23,14 +23,18 @@ import hashlib
 import json
 import os
 import struct
+import sys
 
-import numpy as np
-import torch
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+try:
+    import numpy as np
+    import torch
+    from safetensors.numpy import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from generate_golden import digits, float64_throughout
+    from generate_golden import digits, float64_throughout
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install numpy torch safetensors transformers peft; README.md has versions")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -11,9 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-from gguf import GGUFReader
-from gguf.quants import dequantize
+try:
+    import numpy as np
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install -r tests/interop/requirements.txt")
 
 PARTS = {
     "attn_norm": "input_layernorm",

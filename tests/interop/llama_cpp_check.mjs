@@ -6,8 +6,16 @@
 import { readFileSync } from "node:fs";
 
 const [file, prompt, agree = "1"] = process.argv.slice(2);
+if (!prompt) {
+  console.error("usage: demask generate … --json | node llama_cpp_check.mjs M.gguf TEXT [AGREE]");
+  process.exit(2);
+}
+const library = process.env.NODE_LLAMA_CPP ?? "node-llama-cpp";
+const { getLlama } = await import(library).catch((e) => {
+  console.error(`error: no ${library} (${e.code}); npm install node-llama-cpp, and NODE_LLAMA_CPP=…/dist/index.js`);
+  process.exit(2);
+});
 const demask = JSON.parse(readFileSync(0, "utf8"));
-const { getLlama } = await import(process.env.NODE_LLAMA_CPP ?? "node-llama-cpp");
 const llama = await getLlama({ gpu: false, build: "never", skipDownload: true, logLevel: "error" });
 const model = await llama.loadModel({ modelPath: file });
 const context = await model.createContext({ contextSize: 512 });

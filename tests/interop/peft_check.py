@@ -13,10 +13,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+try:
+    import torch
+    import transformers
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install -r tests/interop/requirements.txt")
 
 BOUND = 1e-4  # logits are of size 10 at most, rounded in f32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -27,11 +27,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+try:
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
+                              PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install -r tests/interop/requirements.txt")
 
 LENGTH, BATCH, STEPS = 128, 4, 8
 SPECIAL = ["<|endoftext|>", "<|mask|>"]

@@ -1,6 +1,8 @@
 //! What the test files share: a device opened as tests want it, comparison against references, the place of optional
 //! data, and a run small enough for a test.
 
+pub mod hlsl;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -20,8 +22,11 @@ pub fn gpu() -> Option<Gpu> {
     open(GpuOptions::default())
 }
 
-/// A device with the given options.
-pub fn open(options: GpuOptions) -> Option<Gpu> {
+/// A device with the given options; its kernels go through HLSL if [`hlsl::folder`] says so.
+pub fn open(mut options: GpuOptions) -> Option<Gpu> {
+    if hlsl::folder().is_some() {
+        options.translator = Some(hlsl::translate);
+    }
     match Gpu::open(options) {
         Ok(gpu) => Some(gpu),
         Err(e) if std::env::var("REQUIRE_GPU").as_deref() == Ok("1") => panic!("{e}"),

@@ -4,6 +4,8 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use demask_engine::model::StoredType;
+use demask_engine::model::merge::convert;
 use demask_tests::{binary, golden, gpu, shared_data};
 use serde_json::Value;
 
@@ -73,6 +75,7 @@ fn help_teaches_and_is_a_success() {
         &["bench", "decode"][..],
         &["data", "build"],
         &["data", "show"],
+        &["template"],
         &["tokenizer", "train"],
         &["report"],
         &["merge"],
@@ -88,6 +91,37 @@ fn help_teaches_and_is_a_success() {
 }
 
 /// Text becomes a tokenizer, a dataset, and a model that was trained on it.
+#[test]
+fn the_program_describes_itself() {
+    let said = |args: &[&str]| {
+        let output = demask(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let short = said(&["-V"]);
+    assert!(short.starts_with(concat!("demask ", env!("CARGO_PKG_VERSION"))), "{short}");
+    assert_eq!(short.lines().count(), 1);
+    let long = said(&["--version"]);
+    for field in ["commit    ", "wgpu      3", "backends  ", "target    "] {
+        assert!(long.contains(&format!("\n{field}")), "{field:?} is not in {long}");
+    }
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = said(&["completions", shell]);
+        assert!(script.contains("generate") && script.contains("max-tokens"), "{shell}");
+    }
+    misused(&["completions", "csh"]);
+    assert!(said(&["man"]).contains(".TH demask 1"));
+    let page = said(&["man", "data", "build"]);
+    assert!(page.contains("demask data build") || page.contains("demask\\-data\\-build"), "{page}");
+    misused(&["man", "data", "built"]);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("man1").display().to_string();
+    assert_eq!(said(&["man", "--out", &out]), format!("{out}\n"));
+    for page in ["demask.1", "demask-train.1", "demask-data-build.1"] {
+        assert!(Path::new(&out).join(page).exists(), "{page}");
+    }
+}
+
 #[test]
 fn text_becomes_a_tokenizer_and_a_dataset() {
     let folder = tempfile::tempdir().unwrap();
@@ -423,4 +457,39 @@ fn a_message_is_one_turn_whatever_it_spells() {
     assert_eq!(ask(&["--chat", "--cache", "f16"]), (2, 1, Some(5)));
     let (begins, ends, _) = ask(&[]);
     assert_eq!((begins, ends), (0, 1), "a prompt may spell special tokens");
+}
+
+#[test]
+fn an_answer_ends_where_the_models_files_say() {
+    if gpu().is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
+    let folder = dir.path().join("folder");
+    let path = folder.display().to_string();
+    convert(&small, &folder, StoredType::F32, &mut |_| {}).expect("written");
+    let ask = |model: &str| {
+        let args =
+            ["generate", "--model", model, "--prompt", "def f", "--max-tokens", "12", "--json"];
+        let output = demask(&args);
+        let answer = json(&output);
+        let ids: Vec<u64> = serde_json::from_value(answer["token_ids"].clone()).expect("ids");
+        (ids, answer["finish_reason"].clone(), text(&output.stderr))
+    };
+    let file = folder.join("generation_config.json");
+    // As transformers has it: where this file names none, config.json is not asked.
+    std::fs::write(&file, "{}").expect("written");
+    let (free, _, said) = ask(&path);
+    assert!(free.len() == 12 && said.contains("name no token that ends an answer"), "{said}");
+    let end = free[5];
+    let before = free.iter().position(|&id| id == end).expect("it is there");
+    std::fs::write(&file, format!("{{\"eos_token_id\": [0, {end}]}}")).expect("written");
+    let file = dir.path().join("a.gguf").display().to_string();
+    convert(&folder, Path::new(&file), StoredType::F32, &mut |_| {}).expect("written");
+    for model in [path, file] {
+        let (ids, reason, said) = ask(&model);
+        assert_eq!((&ids[..], reason), (&free[..before], Value::from("eos")), "{model}: {said}");
+        assert!(!said.contains("ends an answer"), "{said}");
+    }
 }

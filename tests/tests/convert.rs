@@ -14,11 +14,11 @@ use tempfile::TempDir;
 
 /// A model of one layer with random weights and the small model's tokenizer; rows of 256 and 512.
 fn source() -> (TempDir, LlamaConfig) {
-    source_of(false)
+    source_of([false; 3])
 }
 
-/// The same as a Llama, or as a Qwen2.
-fn source_of(qkv_bias: bool) -> (TempDir, LlamaConfig) {
+/// The same with biases on q, k and v, on the output projection of attention, and in the feed-forward layer.
+fn source_of([qkv_bias, o_bias, mlp_bias]: [bool; 3]) -> (TempDir, LlamaConfig) {
     let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/models/small-coder");
     let (small_config, _) = Weights::open(&small).unwrap();
     let files = Tokenizer::for_model(&small, &small_config).unwrap().files().unwrap();
@@ -30,6 +30,8 @@ fn source_of(qkv_bias: bool) -> (TempDir, LlamaConfig) {
         num_key_value_heads: 2,
         head_dim: 64,
         qkv_bias,
+        o_bias,
+        mlp_bias,
         tie_word_embeddings: false,
         block_length: Some(8),
         diffusion_attention: DiffusionAttention::Causal,
@@ -105,7 +107,7 @@ fn gguf_files_hold_the_model_in_every_type() {
 
 #[test]
 fn a_qwen2_keeps_its_biases_and_its_rows() {
-    let (source, config) = source_of(true);
+    let (source, config) = source_of([true, false, false]);
     let dir = tempfile::tempdir().unwrap();
     let (_, original) = Weights::open(source.path()).unwrap();
     let out = written(source.path(), dir.path(), StoredType::Q8_0);
@@ -120,6 +122,69 @@ fn a_qwen2_keeps_its_biases_and_its_rows() {
     assert_eq!((read, values(&weights)), (config, values(&original)));
     let q = |of: &Weights| of.rows_f32("model.layers.0.self_attn.q_proj.weight", 0..256).unwrap();
     assert!(distance(&q(&original), &q(&weights)) < 8e-3);
+}
+
+/// Biases of q and k are stored in the order of the rows that they are added to.
+#[test]
+fn a_llama_keeps_its_biases() {
+    for biases in [[true, true, false], [false, false, true], [true; 3]] {
+        let (source, config) = source_of(biases);
+        let dir = tempfile::tempdir().unwrap();
+        let (_, original) = Weights::open(source.path()).unwrap();
+        let out = written(source.path(), dir.path(), StoredType::F32);
+        let bytes = std::fs::read(&out).unwrap();
+        let name = b"general.architecture";
+        let at = bytes.windows(name.len()).position(|w| w == name).unwrap() + name.len() + 12;
+        assert_eq!(&bytes[at..at + 5], b"llama");
+        let (read, weights) = Weights::open(&out).unwrap();
+        assert_eq!(read, config);
+        for (name, shape) in config.parameters() {
+            let values = |of: &Weights| of.rows_f32(&name, 0..shape[0]).unwrap();
+            assert_eq!(values(&original), values(&weights), "{name}");
+        }
+    }
+}
+
+/// YaRN as llama.cpp and transformers both compute it has a place in a GGUF file; other scalings are refused by name.
+#[test]
+fn stretched_contexts_are_kept_or_refused() {
+    let (source, config) = source();
+    let dir = tempfile::tempdir().unwrap();
+    let path = source.path().join("config.json");
+    let with = |scaling: &serde_json::Value| {
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        json["rope_scaling"] = scaling.clone();
+        std::fs::write(&path, json.to_string()).unwrap();
+    };
+    let yarn = serde_json::json!({
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512
+    });
+    with(&yarn);
+    let (of_folder, _) = Weights::open(source.path()).unwrap();
+    let out = written(source.path(), dir.path(), StoredType::Q8_0);
+    let (read, _) = Weights::open(&out).unwrap();
+    assert_eq!(read, of_folder);
+    assert!(matches!(&read.rope_scaling, Some(RopeScaling::Yarn(y)) if y.factor == 4.0));
+    let factors = vec![1.0; config.head_dim / 2];
+    let mut own = yarn.clone();
+    own["beta_fast"] = 16.into();
+    for (named, scaling) in [
+        ("dynamic", serde_json::json!({"rope_type": "dynamic", "factor": 2.0})),
+        ("beta_fast", own),
+        (
+            "longrope",
+            serde_json::json!({
+                "rope_type": "longrope", "short_factor": factors, "long_factor": factors
+            }),
+        ),
+    ] {
+        with(&scaling);
+        let out = dir.path().join("refused.gguf");
+        let error = convert(source.path(), &out, StoredType::Q8_0, &mut |_| {}).unwrap_err();
+        assert!(error.to_string().contains(named), "{error}");
+        assert!(!out.exists());
+    }
 }
 
 #[test]
@@ -243,4 +308,88 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
     refused(source.path(), "five.gguf", StoredType::Q5_K, "only read");
     refused(source.path(), "no/such/folder/a.gguf", StoredType::F16, "no/such/folder");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+/// Ends and beginnings by any files: a GGUF file and the folder made of it mean what the first folder meant, and what
+/// llama.cpp makes otherwise of the file is said.
+#[test]
+fn ends_and_beginnings_go_along_both_ways() {
+    let (source, _) = source();
+    let dir = tempfile::tempdir().unwrap();
+    let [gguf, folder] = ["a.gguf", "again"].map(|name| dir.path().join(name));
+    let tokenizer = source.path().join("tokenizer.json");
+    let settings = source.path().join("tokenizer_config.json");
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&tokenizer).unwrap()).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&settings).unwrap()).unwrap();
+    config["bos_token"] = "<|endoftext|>".into();
+    let end = |name: &str| serde_json::json!({"SpecialToken": {"id": name, "type_id": 0}});
+    let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    let around = |single: serde_json::Value| {
+        let mut pair = single.as_array().unwrap().clone();
+        pair.push(serde_json::json!({"Sequence": {"id": "B", "type_id": 1}}));
+        serde_json::json!({
+            "type": "TemplateProcessing", "single": single, "pair": pair,
+            "special_tokens": {
+                "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]},
+                "<|im_end|>": {"id": "<|im_end|>", "ids": [6], "tokens": ["<|im_end|>"]},
+            },
+        })
+    };
+    let begins = around(serde_json::json!([end("<|endoftext|>"), text]));
+    let both = around(serde_json::json!([end("<|endoftext|>"), text, end("<|im_end|>")]));
+    let chatml = demask_engine::model::CHATML;
+    let written = format!("{{{{ bos_token }}}}{chatml}");
+    // <|endoftext|> is 0, <|im_end|> 6; both are ends to llama.cpp by their spelling.
+    let cases: [(&[u32], &serde_json::Value, &str, &[&str]); 8] = [
+        (&[0, 6], &serde_json::Value::Null, chatml, &[]),
+        (&[6, 0], &serde_json::Value::Null, chatml, &[]),
+        (&[0], &serde_json::Value::Null, chatml, &["also end an answer at <|im_end|>"]),
+        (&[0, 6, 40, 41], &begins, &written, &[]),
+        (&[0, 6, 40, 41, 42], &begins, &written, &["not end an answer at"]),
+        (&[0, 6], &begins, chatml, &["begin a conversation with <|endoftext|>"]),
+        (&[0, 6], &both, &written, &[]),
+        (&[], &serde_json::Value::Null, chatml, &["also end an answer at"]),
+    ];
+    for (ends, processor, template, notes) in cases {
+        json["post_processor"] = processor.clone();
+        config["chat_template"] = template.into();
+        std::fs::write(&tokenizer, json.to_string()).unwrap();
+        std::fs::write(&settings, config.to_string()).unwrap();
+        let generation = serde_json::json!({"eos_token_id": ends, "temperature": 0.5});
+        let file = |folder: &Path| folder.join("generation_config.json");
+        std::fs::write(file(source.path()), generation.to_string()).unwrap();
+        convert(source.path(), &gguf, StoredType::Q8_0, &mut |_| {}).unwrap();
+        convert(&gguf, &folder, StoredType::F32, &mut |_| {}).unwrap();
+        let read = |path: &Path| {
+            let (config, _) = Weights::open(path).unwrap();
+            let tokenizer = Tokenizer::for_model(path, &config).unwrap();
+            (config, tokenizer)
+        };
+        let (config, ours) = read(source.path());
+        let said = ours.otherwise_in_llama_cpp(&config).unwrap();
+        assert_eq!(said.len(), notes.len(), "{said:?}");
+        assert!(said.iter().zip(notes).all(|(said, note)| said.contains(note)), "{said:?}");
+        for place in [source.path(), &gguf, &folder] {
+            let (config, tokenizer) = read(place);
+            assert_eq!(config.eos_token_ids, ends, "{}", place.display());
+            for text in ["def f(x):", ""] {
+                assert_eq!(tokenizer.encode(text, true).unwrap(), ours.encode(text, true).unwrap());
+            }
+            let turns = [serde_json::json!({"role": "user", "content": "hi"})];
+            let told = |tokenizer: &Tokenizer| {
+                let chat = tokenizer.chat().unwrap().unwrap();
+                tokenizer.encode_chat(&chat.render(&turns, true).unwrap()).unwrap()
+            };
+            assert_eq!(told(&tokenizer), told(&ours), "{}", place.display());
+            assert_eq!(tokenizer.end_of_turn().unwrap(), Some(6));
+        }
+        // To a folder everything goes, also what nothing here reads.
+        let copy = dir.path().join("copy");
+        convert(source.path(), &copy, StoredType::F32, &mut |_| {}).unwrap();
+        let text = std::fs::read(file(&copy)).unwrap();
+        let written: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(written["temperature"], 0.5);
+    }
 }

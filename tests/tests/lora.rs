@@ -255,8 +255,8 @@ fn what_cannot_be_read_is_named() {
     refused(&|c| c["peft_type"] = "IA3".into(), "IA3");
     refused(&|c| c["r"] = 0.into(), "r is no positive");
     refused(&|c| c["r"] = 8.into(), "rank 8");
-    refused(&|c| c["modules_to_save"] = serde_json::json!(["lm_head"]), "modules_to_save");
-    refused(&|c| c["rank_pattern"] = serde_json::json!({"q_proj": 2}), "rank_pattern");
+    refused(&|c| c["modules_to_save"] = 3.into(), "modules_to_save");
+    refused(&|c| c["rank_pattern"] = serde_json::json!({"q_proj": 2}), "rank 2");
     refused(&|c| c["bias"] = "all".into(), "bias");
 
     lora.write(work.path(), "base").unwrap();

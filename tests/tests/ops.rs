@@ -274,7 +274,7 @@ fn a_cache_in_f16_hides_no_broken_value() {
     let inv_freq = Tensor::from_f32(&gpu, &[1.0, 0.1], [2]);
     let empty = || Tensor::zeros(&gpu, [1, 1, 1, 4], DType::F16, "cache");
     let (keys, values) = (empty(), empty());
-    rope_into_cache(&x, &places, &inv_freq, &keys, &values);
+    rope_into_cache(&x, &places, (&inv_freq, 1.0), &keys, &values);
     let bytes = values.to_bytes().expect("the device works");
     let halves: Vec<u16> = bytes.chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
     let is_nan = |half: u16| half & 0x7fff > 0x7c00;

@@ -50,6 +50,9 @@ pub fn train(
     most_bytes: u64,
     folder: &Path,
 ) -> Result<usize> {
+    let mut recipe = recipe.clone();
+    recipe.recognise()?;
+    let recipe = &recipe;
     let parts = parts(recipe, &mut vec![Report::default(); recipe.source.len()], LOT)?;
     let mut texts: Vec<String> = Vec::new();
     for (i, source) in recipe.source.iter().enumerate() {

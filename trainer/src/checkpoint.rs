@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use demask_engine::gpu::Gpu;
-use demask_engine::model::{Llama, Lora, Precision, StoredType, Tokenizer, Weights};
+use demask_engine::model::{Llama, Lora, Precision, StoredType, Tokenizer, Weights, hub};
 use demask_engine::tensor::{DType, Tensor};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
@@ -102,7 +102,9 @@ pub fn write_model(
         return Ok(model.save(folder, StoredType::F32, Some(tokenizer))?);
     };
     let base = recipe.model.from.as_deref().context("an adapter has a base")?;
-    lora.write(folder, &std::path::absolute(base)?.to_string_lossy())?;
+    // A name on the hub is what PEFT wants; a path is good from anywhere only if it is whole.
+    let base = if hub::may_name(base) { base.to_owned() } else { std::path::absolute(base)? };
+    lora.write(folder, &base.to_string_lossy())?;
     Ok(tokenizer.save(folder)?)
 }
 

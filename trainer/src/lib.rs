@@ -23,3 +23,7 @@ pub mod start;
 pub mod tensorboard;
 pub mod train;
 pub mod validate;
+
+/// The folder of the models that come with this crate's source. It exists while the source does: in the tree, and
+/// where cargo unpacked the package.
+pub const MODELS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models");

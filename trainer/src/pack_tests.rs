@@ -21,6 +21,7 @@ fn dataset(sources: &[Source<'_>]) -> (tempfile::TempDir, Dataset) {
         SourceManifest {
             name: name.into(),
             whole,
+            format: Default::default(),
             weight,
             train: train.collect(),
             held_out: vec![],
@@ -28,8 +29,14 @@ fn dataset(sources: &[Source<'_>]) -> (tempfile::TempDir, Dataset) {
         }
     });
     let sources = sources.collect();
-    let manifest =
-        Manifest { version: VERSION, fingerprint: 0, vocab_size: 1000, eos: EOS_ID, sources };
+    let manifest = Manifest {
+        version: VERSION,
+        fingerprint: 0,
+        vocab_size: 1000,
+        eos: EOS_ID,
+        end_of_turn: None,
+        sources,
+    };
     let dataset = Dataset { folder: folder.path().to_owned(), manifest };
     (folder, dataset)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use demask_engine::model::lora::Decoding;
-use demask_engine::model::{DiffusionAttention, LlamaConfig};
+use demask_engine::model::{DiffusionAttention, LlamaConfig, hub};
 use demask_engine::ops::Mask;
 use serde::{Deserialize, Serialize};
 
@@ -491,8 +491,15 @@ impl Recipe {
             toml::from_str(&text).with_context(|| format!("in the recipe {}", path.display()))?;
         let base = path.parent().unwrap_or(Path::new("."));
         let (model, data) = (&mut recipe.model, &mut recipe.data);
-        for p in data.paths.iter_mut().chain(&mut model.from).chain(&mut data.dataset) {
+        for p in data.paths.iter_mut().chain(&mut data.dataset) {
             *p = base.join(&p);
+        }
+        if let Some(from) = &mut model.from {
+            let beside = base.join(&from);
+            // What lies beside the recipe goes first, as with the hub's own tools.
+            if beside.exists() || !hub::may_name(from) {
+                *from = beside;
+            }
         }
         recipe.check().with_context(|| format!("in the recipe {}", path.display()))?;
         Ok(recipe)
@@ -619,9 +626,12 @@ impl Fresh {
             eos_token_ids: eos.into_iter().collect(),
             mask_token_id: mask,
             pad_token_id: None,
+            generation: serde_json::Map::new(),
             block_length: None,
             diffusion_attention: DiffusionAttention::default(),
             qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
         }
     }
 }

@@ -53,9 +53,10 @@ pub fn dataset(recipe: &Recipe, run: &Path, hear: Hear<'_>) -> Result<Dataset> {
 /// The model and tokenizer that a run starts from.
 pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, Tokenizer)> {
     if let Some(from) = &recipe.model.from {
-        let model = weights(gpu, recipe, None)?;
+        let mut model = weights(gpu, recipe, None)?;
         let tokenizer = Tokenizer::for_model(from, model.config())?;
         same_tokens(&tokenizer, dataset)?;
+        learn_ends(&mut model, dataset);
         return Ok((model, tokenizer));
     }
     let fresh = recipe.model.fresh.as_ref().context("a recipe names a model or a shape")?;
@@ -64,7 +65,21 @@ pub fn model(gpu: &Gpu, recipe: &Recipe, dataset: &Dataset) -> Result<(Llama, To
     config.validate(&dataset.tokenizer())?;
     let tokenizer = Tokenizer::from_folder(&dataset.tokenizer(), &config)?;
     let config = fresh.config(vocabulary.size, Some(vocabulary.eos), tokenizer.mask_token_id());
-    Ok((weights(gpu, recipe, Some(&config))?, tokenizer))
+    let mut model = weights(gpu, recipe, Some(&config))?;
+    learn_ends(&mut model, dataset);
+    Ok((model, tokenizer))
+}
+
+/// A model ends its answers with what it has learnt to end them with, beside what its files named before: the token behind
+/// each document, and the one that ends a turn.
+fn learn_ends(model: &mut Llama, dataset: &Dataset) {
+    let learnt = [Some(dataset.manifest.eos), dataset.manifest.end_of_turn];
+    let ends = &mut model.config_mut().eos_token_ids;
+    for id in learnt.into_iter().flatten() {
+        if !ends.contains(&id) {
+            ends.push(id);
+        }
+    }
 }
 
 /// The weights that a run starts from: those on disk, frozen under a fresh adapter if the recipe wants one, or fresh

@@ -115,7 +115,7 @@ pub fn samples(
     let mut samples = Vec::new();
     for prompt in &recipe.validation.prompts {
         let ids = tokenizer.encode(prompt, true)?;
-        let room = model.config().max_position_embeddings.saturating_sub(ids.len());
+        let room = model.config().context_length().saturating_sub(ids.len());
         let max_tokens = recipe.validation.sample_tokens.min(room);
         let options = DecodeOptions { max_tokens, ..options.clone() };
         let answer = generate(model, &ids, &options, |_| ControlFlow::Continue(()))?;

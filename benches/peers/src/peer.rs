@@ -32,6 +32,9 @@ pub enum Peer {
     LlamaVulkan,
     /// llama.cpp on the processor.
     LlamaCpu,
+    /// llama.cpp on the processor with the same weights as f32: the reference of decoding, which takes part in no race.
+    /// With weights in fewer bits that backend rounds activations too, to 8 bits or to f16.
+    LlamaF32,
 }
 
 /// The programs that peers are started with.
@@ -68,7 +71,7 @@ impl Programs {
 }
 
 impl Peer {
-    /// Every one.
+    /// Every one that races.
     pub const ALL: [Peer; 8] = [
         Peer::Demask,
         Peer::Burn,
@@ -91,6 +94,7 @@ impl Peer {
             Peer::TorchCuda => "PyTorch (CUDA)",
             Peer::LlamaVulkan => "llama.cpp (Vulkan)",
             Peer::LlamaCpu => "llama.cpp (CPU)",
+            Peer::LlamaF32 => "llama.cpp (CPU, f32 weights)",
         }
     }
 
@@ -135,6 +139,7 @@ impl Peer {
                 command
             }
             Peer::LlamaCpu => script(Command::new("node"), "llama_cpp.mjs", "cpu"),
+            Peer::LlamaF32 => script(Command::new("node"), "llama_cpp.mjs", "reference"),
         }
     }
 }

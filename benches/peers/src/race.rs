@@ -42,17 +42,51 @@ pub struct Measured {
     pub unit: &'static str,
     /// Median over the rounds of its time divided by demask's: above 1, demask is faster.
     pub ratio: Option<f64>,
-    /// Largest difference from the reference, as a part of the largest value; `None` for the reference.
-    pub error: Option<f64>,
-    /// The difference is within the work's tolerance.
-    pub agrees: bool,
+    /// How its results compare with the reference's.
+    pub verdict: Verdict,
+}
+
+/// A peer's results beside the reference's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Verdict {
+    /// These are the reference's.
+    Reference,
+    /// There is no reference.
+    Unjudged,
+    /// Numbers: the largest difference, as a part of the largest value.
+    Numbers {
+        /// That part.
+        error: f64,
+        /// It is within the work's tolerance.
+        agrees: bool,
+    },
+    /// Tokens: the first that is not the reference's.
+    Parts {
+        /// Its position in the answer.
+        at: usize,
+        /// By how much the reference prefers its own token there, in nats; infinite where the other is not among the
+        /// tokens that it named, or one answer is shorter.
+        margin: f64,
+        /// The margin is within the work's tolerance: the two tokens are nearly as likely.
+        agrees: bool,
+    },
+}
+
+impl Verdict {
+    /// False for results that are wrong.
+    pub fn is_good(&self) -> bool {
+        match *self {
+            Verdict::Reference | Verdict::Unjudged => true,
+            Verdict::Numbers { agrees, .. } | Verdict::Parts { agrees, .. } => agrees,
+        }
+    }
 }
 
 impl Row {
     /// False if results differ, or if demask itself broke.
     pub fn is_good(&self) -> bool {
         match &self.outcome {
-            Ok(measured) => measured.agrees,
+            Ok(measured) => measured.verdict.is_good(),
             Err(Out::Skipped(_)) => true,
             Err(Out::Failed(_)) => self.peer != Peer::Demask,
         }
@@ -79,6 +113,7 @@ pub fn race(
     programs: &Programs,
     rules: &Rules,
 ) -> Result<Vec<Row>> {
+    let known = reference(work, programs, rules);
     let mut lanes: Vec<Lane> = Vec::new();
     for peer in peers {
         eprintln!("{}: {} prepares", work.name(), peer.name());
@@ -115,7 +150,7 @@ pub fn race(
             }
         }
     }
-    Ok(compare(work, lanes))
+    Ok(compare(work, lanes, known))
 }
 
 /// Vendors and APIs decorate a device's name differently: one name must contain the other's first words.
@@ -140,9 +175,37 @@ pub type Results = Vec<(String, Vec<f64>)>;
 /// Seconds of the rounds, and results.
 type Finish = Result<(Vec<f64>, Results), Out>;
 
-/// Holds every result to the reference: PyTorch's or llama.cpp's where there is one, else demask's.
-fn compare(work: &Work, lanes: Vec<Lane>) -> Vec<Row> {
-    let known = crate::matmul::reference(work);
+/// What a result is held to.
+enum Known {
+    /// Numbers, or the tokens of an answer with what else was likely.
+    Results(Results),
+    /// The results of one of the peers.
+    Peer,
+    /// It cannot be had here.
+    Nothing,
+}
+
+/// The reference of works that have one of their own, computed before the race.
+fn reference(work: &Work, programs: &Programs, rules: &Rules) -> Known {
+    if !matches!(work, Work::Decode { .. }) {
+        return crate::matmul::reference(work).map_or(Known::Peer, Known::Results);
+    }
+    eprintln!("{}: {} answers", work.name(), Peer::LlamaF32.name());
+    let started = Running::start(Peer::LlamaF32, work, programs, rules.patience);
+    let results = started.and_then(|(mut running, _)| {
+        running.results().map_err(|e| Out::Failed(e.to_string()))
+    });
+    match results {
+        Ok(results) => Known::Results(results),
+        Err(Out::Skipped(why) | Out::Failed(why)) => {
+            eprintln!("{}: no reference, so tokens are not compared: {why}", work.name());
+            Known::Nothing
+        }
+    }
+}
+
+/// Holds every result to the reference: the work's own, PyTorch's where it ran, else demask's.
+fn compare(work: &Work, lanes: Vec<Lane>, known: Known) -> Vec<Row> {
     let home: Option<Vec<f64>> = lanes.iter().find_map(|l| match &l.state {
         Ok(racer) if l.peer == Peer::Demask => Some(racer.seconds.clone()),
         _ => None,
@@ -155,14 +218,15 @@ fn compare(work: &Work, lanes: Vec<Lane>) -> Vec<Row> {
         });
         done.push((peer, device, outcome));
     }
-    let judge = [Peer::TorchCpu, Peer::LlamaCpu, Peer::TorchCuda, Peer::LlamaVulkan, Peer::Demask];
+    let judge = [Peer::TorchCpu, Peer::TorchCuda, Peer::Demask];
     let referee = judge.into_iter().find_map(|judge| {
         let own = done.iter().find(|(peer, ..)| *peer == judge)?;
         own.2.as_ref().ok().map(|(_, results)| (judge, results.clone()))
     });
     let (judge, reference) = match known {
-        Some(results) => (None, results),
-        None => referee.map_or((None, Vec::new()), |(peer, results)| (Some(peer), results)),
+        Known::Results(results) => (None, Some(results)),
+        Known::Peer => referee.map_or((None, None), |(peer, results)| (Some(peer), Some(results))),
+        Known::Nothing => (None, None),
     };
     let (unit, amount) = work.figure();
     let row = |(peer, device, outcome): (Peer, String, Finish)| {
@@ -170,12 +234,15 @@ fn compare(work: &Work, lanes: Vec<Lane>) -> Vec<Row> {
             let ratio = home.as_ref().map(|home| {
                 median(seconds.iter().zip(home).map(|(peer, home)| peer / home).collect())
             });
-            let error = (judge != Some(peer)).then(|| difference(&reference, &results));
-            let agrees = error.is_none_or(|e| e <= work.tolerance());
+            let verdict = match &reference {
+                Some(_) if judge == Some(peer) => Verdict::Reference,
+                Some(reference) => judged(work, reference, &results),
+                None => Verdict::Unjudged,
+            };
             let mut seconds = seconds;
             seconds.sort_by(f64::total_cmp);
             let figure = amount / median(seconds.clone());
-            Measured { seconds, figure, unit, ratio, error, agrees }
+            Measured { seconds, figure, unit, ratio, verdict }
         });
         Row { work: work.name(), peer, device, outcome }
     };
@@ -186,6 +253,41 @@ fn compare(work: &Work, lanes: Vec<Lane>) -> Vec<Row> {
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[(values.len() - 1) / 2]
+}
+
+fn judged(work: &Work, reference: &Results, results: &Results) -> Verdict {
+    if let Work::Decode { .. } = work {
+        return parting(reference, results, work.tolerance());
+    }
+    let error = difference(reference, results);
+    Verdict::Numbers { error, agrees: error <= work.tolerance() }
+}
+
+/// Where an answer parts from the reference's. Up to there both had the same tokens before them, so the reference's
+/// probabilities at that position judge the token; behind it they say nothing. The reference's group `likely` holds,
+/// for each position, pairs of a token and its log-probability, most likely first.
+fn parting(reference: &Results, results: &Results, tolerance: f64) -> Verdict {
+    let group = |of: &Results, name: &str| {
+        of.iter().find(|(n, _)| n == name).map_or(Vec::new(), |(_, values)| values.clone())
+    };
+    let (expected, found) = (group(reference, "tokens"), group(results, "tokens"));
+    let likely = group(reference, "likely");
+    let lengths = expected.len().max(found.len());
+    let Some(at) = (0..lengths).find(|&i| expected.get(i) != found.get(i)) else {
+        return Verdict::Numbers { error: 0.0, agrees: !expected.is_empty() };
+    };
+    let pairs: Vec<&[f64]> = match likely.len().checked_div(expected.len()) {
+        Some(width) if width > 0 => likely.chunks(width).nth(at).unwrap_or(&[]).chunks(2).collect(),
+        _ => Vec::new(),
+    };
+    let of = |token: Option<&f64>| {
+        pairs.iter().find(|pair| Some(&pair[0]) == token).map(|pair| pair[1])
+    };
+    let margin = match (of(expected.get(at)), of(found.get(at))) {
+        (Some(own), Some(other)) => own - other,
+        _ => f64::INFINITY,
+    };
+    Verdict::Parts { at, margin, agrees: margin <= tolerance }
 }
 
 /// The worst group's largest difference, as a part of the group's largest value; infinite if a group is missing,
@@ -202,4 +304,27 @@ fn difference(reference: &Results, results: &Results) -> f64 {
         expected.iter().zip(found).fold(0.0f64, |a, (x, y)| a.max((x - y).abs())) / top
     };
     reference.iter().map(group).fold(0.0, f64::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_other_token_is_judged_by_the_margin_there() {
+        let group = |name: &str, values: &[f64]| (name.to_owned(), values.to_vec());
+        let likely = [5.0, -0.1, 9.0, -2.5, 6.0, -0.7, 7.0, -0.8, 4.0, -0.1, 3.0, -3.0];
+        let reference = vec![group("tokens", &[5.0, 6.0, 4.0]), group("likely", &likely)];
+        let parts = |tokens: &[f64]| parting(&reference, &vec![group("tokens", tokens)], 0.25);
+        assert_eq!(parts(&[5.0, 6.0, 4.0]), Verdict::Numbers { error: 0.0, agrees: true });
+        let Verdict::Parts { at: 1, margin, agrees: true } = parts(&[5.0, 7.0, 99.0]) else {
+            panic!("a near tie is no fault, whatever follows it: {:?}", parts(&[5.0, 7.0, 99.0]))
+        };
+        assert!((margin - 0.1).abs() < 1e-12);
+        assert!(matches!(parts(&[9.0, 6.0, 4.0]), Verdict::Parts { at: 0, agrees: false, .. }));
+        let unlikely = Verdict::Parts { at: 2, margin: f64::INFINITY, agrees: false };
+        assert_eq!(parts(&[5.0, 6.0, 8.0]), unlikely);
+        assert_eq!(parts(&[5.0, 6.0]), unlikely);
+        assert_eq!(parting(&Vec::new(), &Vec::new(), 0.25).is_good(), false);
+    }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::peer::Out;
-use crate::race::{Measured, Row, median};
+use crate::race::{Measured, Row, Verdict, median};
 
 /// How to print.
 #[derive(Clone, Copy, PartialEq)]
@@ -113,11 +113,15 @@ fn time(m: &Measured) -> String {
 }
 
 fn verdict(m: &Measured) -> String {
-    match (m.error, m.agrees) {
-        (None, _) => "reference".to_owned(),
-        (Some(0.0), _) => "equal".to_owned(),
-        (Some(e), true) => format!("agrees, {e:.0e}"),
-        (Some(e), false) => format!("DIFFERS, {e:.0e}"),
+    let word = if m.verdict.is_good() { "agrees" } else { "DIFFERS" };
+    match m.verdict {
+        Verdict::Reference => "reference".to_owned(),
+        Verdict::Unjudged => "not compared".to_owned(),
+        Verdict::Numbers { error: 0.0, agrees: true } => "equal".to_owned(),
+        Verdict::Numbers { error, .. } => format!("{word}, {error:.0e}"),
+        Verdict::Parts { at, margin, .. } => {
+            format!("{word}, parts at token {} by {margin:.0e} nats", at + 1)
+        }
     }
 }
 
@@ -131,8 +135,16 @@ fn object(title: &str, row: &Row) -> serde_json::Value {
             object["figure"] = json!(m.figure);
             object["unit"] = json!(m.unit);
             object["times_demask"] = json!(m.ratio);
-            object["error"] = json!(m.error);
-            object["agrees"] = json!(m.agrees);
+            match m.verdict {
+                Verdict::Numbers { error, .. } => object["error"] = json!(error),
+                Verdict::Parts { at, margin, .. } => {
+                    object["parts_at"] = json!(at);
+                    object["margin"] = json!(margin);
+                }
+                Verdict::Reference | Verdict::Unjudged => {}
+            }
+            object["compared"] = json!(m.verdict != Verdict::Unjudged);
+            object["agrees"] = json!(m.verdict.is_good());
         }
         Err(Out::Skipped(why)) => object["skipped"] = json!(why),
         Err(Out::Failed(why)) => object["failed"] = json!(why),

@@ -80,7 +80,7 @@ fn prepare(engine: &str, work: &Work) -> Result<Prepared> {
         ("demask", Work::Matmul { m, n, k, half }) => matmul::demask(*m, *n, *k, *half),
         ("demask", Work::Step { folder, tokens }) => step::demask(folder, *tokens),
         ("demask", Work::Attention { rows, block }) => attention::demask(*rows, *block),
-        ("demask", Work::Decode { file, four_bits, prompt, tokens }) => {
+        ("demask", Work::Decode { file, four_bits, prompt, tokens, .. }) => {
             decode::demask(file, *four_bits, prompt, *tokens)
         }
         ("openblas", Work::Matmul { m, n, k, .. }) => matmul::openblas(*m, *n, *k),

@@ -9,7 +9,7 @@ use demask_benches::decode::{self, Answer, Decoding, Pass};
 use demask_benches::measure;
 use demask_benches::record::Limits;
 use demask_engine::decode::{DEFAULT_THRESHOLD, DecodeOptions, Mode, Request, Schedule};
-use demask_engine::model::{DiffusionAttention, LlamaConfig, Tokenizer};
+use demask_engine::model::{DiffusionAttention, LlamaConfig, Tokenizer, hub};
 use demask_engine::tune;
 use serde_json::json;
 
@@ -89,7 +89,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Ok(Mode::Block(block)) => block.block_length,
         _ => 4,
     };
-    let room = config.max_position_embeddings;
+    let room = config.context_length();
     let fits = |depth: &usize| depth.checked_add(block).is_some_and(|end| end <= room);
     let depths = args.depths.iter().map(|depth| depth / block * block).filter(fits);
     let depths: Vec<usize> = match config.diffusion_attention {
@@ -167,8 +167,7 @@ impl Args {
         if self.tokens == 0 {
             return Ok(Vec::new());
         }
-        let (total, room) =
-            (prompt.len().saturating_add(self.tokens), config.max_position_embeddings);
+        let (total, room) = (prompt.len().saturating_add(self.tokens), config.context_length());
         ensure!(
             total <= room,
             "a prompt of {} tokens and --tokens {} do not fit the model's context of {room}",
@@ -183,7 +182,7 @@ impl Args {
         if self.tokens == 0 {
             return Ok(Vec::new());
         }
-        let path = &self.model.model;
+        let path = &hub::resolve(&self.model.model)?;
         if self.file.is_none()
             && path.join("config.json").exists()
             && !path.join("tokenizer.json").exists()

@@ -224,7 +224,10 @@ impl<'a> Decoder<'a> {
         let number = *self.numbers.last()?;
         let block = fresh.attended_block();
         let prompt = &request.tokens[..fresh.prompt()];
-        let mut prefix = self.pool.find(prompt, block, fresh.granularity());
+        let mut prefix = match self.is_steady(fresh.given()) {
+            true => self.pool.find(prompt, block, fresh.granularity()),
+            false => None,
+        };
         let total = request.tokens.len();
         let shared = |prefix: &Option<(Rc<Prefix>, usize)>| prefix.as_ref().map_or(0, |p| p.1);
         let mut own = self.pool.take(total - shared(&prefix));
@@ -272,13 +275,21 @@ impl<'a> Decoder<'a> {
         }
     }
 
+    /// Whether the keys of a text of so many tokens are those that other texts with the same beginning have: not so
+    /// where rotary frequencies depend on a text's length.
+    fn is_steady(&self, tokens: usize) -> bool {
+        tokens <= self.llama.config().steady_length()
+    }
+
     /// Lets others share the prompt of a sequence that has just read it.
     fn keep_prompt(&mut self, id: Id) {
-        let active = self.active.get_mut(&id).expect("an active sequence");
+        let active = &self.active[&id];
         let n = active.sequence.prompt();
-        if active.prefix.is_some() || n == 0 || self.room.sequences == 1 {
+        let given = active.sequence.given();
+        if active.prefix.is_some() || n == 0 || self.room.sequences == 1 || !self.is_steady(given) {
             return;
         }
+        let active = self.active.get_mut(&id).expect("an active sequence");
         let prefix = self.pool.keep(Prefix {
             slots: active.own.start..active.own.start + n,
             tokens: active.sequence.tokens()[..n].to_vec(),
@@ -389,7 +400,8 @@ impl<'a> Decoder<'a> {
         self.numbers.push(number);
         let shared = prefix.as_ref().map_or(0, |p| p.1);
         let n = sequence.last_final() / sequence.granularity() * sequence.granularity();
-        if self.room.sequences == 1 || n <= shared {
+        let steady = self.is_steady(sequence.tokens().len());
+        if self.room.sequences == 1 || n <= shared || !steady {
             return self.pool.give(own);
         }
         let (tokens, block) = (sequence.tokens()[..n].to_vec(), sequence.attended_block());
@@ -425,6 +437,8 @@ impl Active {
             block: self.sequence.attended_block(),
             prefix: self.prefix.as_ref().map_or((0, 0), |(p, n)| (p.slots.start, *n)),
             slot: self.own.start,
+            // A prompt is read as one text, whatever pieces it is read in; behind it the text grows pass by pass.
+            length: rows.end.max(self.sequence.given()),
         }
     }
 

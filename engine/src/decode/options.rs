@@ -238,13 +238,13 @@ impl Request {
         options: &DecodeOptions,
     ) -> Result<Request> {
         let total = prompt.len().saturating_add(options.max_tokens);
-        if total > config.max_position_embeddings {
+        if total > config.context_length() {
             return Err(Error::Request(format!(
                 "a prompt of {} tokens and an answer of {} do not fit the model's {} positions; \
                  shorten the prompt or lower max_tokens",
                 prompt.len(),
                 options.max_tokens,
-                config.max_position_embeddings
+                config.context_length()
             )));
         }
         let mut tokens = prompt.to_vec();
@@ -265,11 +265,11 @@ impl Request {
         let given: Vec<u32> =
             self.tokens.iter().zip(&self.open).filter(|t| !t.1).map(|t| *t.0).collect();
         check_ids(vocab_size, &given)?;
-        if self.tokens.len() > config.max_position_embeddings {
+        if self.tokens.len() > config.context_length() {
             return refuse(format!(
                 "{} tokens do not fit the model's {} positions; shorten the text",
                 self.tokens.len(),
-                config.max_position_embeddings
+                config.context_length()
             ));
         }
         sampling.check(vocab_size)?;

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::PREFILL_ROWS;
 use super::options::{BlockOptions, Mode, check_ids};
 use crate::model::{DiffusionAttention, KvCache, Llama};
-use crate::ops::{Lane, Lanes, Mask, Supervision, linear_cross_entropy};
+use crate::ops::{Lane, Lanes, Supervision, linear_cross_entropy};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -115,8 +115,8 @@ fn difference(p: &[f32], q: &[f32], target: usize) -> Difference {
     let pairs = p.iter().zip(q).map(|(&a, &b)| (f64::from(a) - p_norm, f64::from(b) - q_norm));
     let kl: f64 = pairs.map(|(p, q)| p.exp() * (p - q)).sum();
     let logprobs = [f64::from(p[target]) - p_norm, f64::from(q[target]) - q_norm];
-    // Rounding may put equal distributions a hair below 0.
-    Difference { kl: kl.max(0.0), same_top: p_top == q_top, logprobs }
+    // Rounding may put equal distributions a hair below 0; `max` would take NaN for one of these.
+    Difference { kl: if kl < 0.0 { 0.0 } else { kl }, same_top: p_top == q_top, logprobs }
 }
 
 /// Reads a text piece by piece over a cache.
@@ -133,11 +133,11 @@ impl<'a> Reader<'a> {
     fn new(llama: &'a Llama, tokens: &'a [u32], mode: &Mode) -> Result<Reader<'a>> {
         let config = llama.config();
         check_ids(config.vocab_size, tokens)?;
-        if tokens.len() > config.max_position_embeddings {
+        if tokens.len() > config.context_length() {
             return Err(Error::Request(format!(
                 "{} tokens do not fit the model's {} positions; score them in pieces",
                 tokens.len(),
-                config.max_position_embeddings
+                config.context_length()
             )));
         }
         let blocks = match mode {
@@ -180,7 +180,17 @@ impl<'a> Reader<'a> {
         let hidden = match self.blocks.clone() {
             None => {
                 let inputs = &self.tokens[start - 1..end - 1];
-                self.llama.step(inputs, start - 1, Mask::Causal, &mut self.cache)
+                // The whole text is one context, whatever pieces it is read in.
+                let lane = Lane {
+                    rows: inputs.len(),
+                    position: start - 1,
+                    block: 1,
+                    length: self.tokens.len(),
+                    ..Lane::default()
+                };
+                let gpu = self.llama.gpu();
+                let tokens = Tensor::from_u32(gpu, inputs, [inputs.len()]);
+                self.llama.pass(&tokens, &Lanes::new(gpu, &[lane]), &mut self.cache)
             }
             Some(block) => self.hidden_blocks(&block, start..end),
         };
@@ -194,8 +204,14 @@ impl<'a> Reader<'a> {
             _ => block.block_length,
         };
         let gpu = self.llama.gpu();
-        let lane =
-            Lane { rows: range.len(), position: range.start, block: seen, ..Lane::default() };
+        let length = self.tokens.len();
+        let lane = Lane {
+            rows: range.len(),
+            position: range.start,
+            block: seen,
+            length,
+            ..Lane::default()
+        };
         let tokens = Tensor::from_u32(gpu, &self.tokens[range.clone()], [range.len()]);
         self.llama.pass(&tokens, &Lanes::new(gpu, &[lane]).of_many_rows(), &mut self.cache);
         let (first, scratch) = (range.start, self.tokens.len());
@@ -208,6 +224,7 @@ impl<'a> Reader<'a> {
                 block: seen,
                 prefix: (0, position),
                 slot: scratch + position - first,
+                length,
             })
             .collect();
         let masks = Tensor::from_u32(gpu, &vec![block.mask_id; range.len()], [range.len()]);
@@ -262,5 +279,6 @@ mod tests {
         assert!((d.logprobs[1] - 0.5f64.ln()).abs() < 1e-6);
         assert_eq!(difference(&p, &p, 0).kl, 0.0);
         assert!(!difference(&p, &[0.0, 1.0], 0).same_top);
+        assert!(difference(&p, &[0.0, f32::NAN], 0).kl.is_nan());
     }
 }

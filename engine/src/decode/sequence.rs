@@ -142,9 +142,13 @@ impl Sequence {
     /// Positions that the rows of a sequence may be read in before its first block, which other sequences with the
     /// same beginning can share: whole blocks.
     pub fn prompt(&self) -> usize {
-        let first = self.asked.iter().position(|&asked| asked).unwrap_or(self.tokens.len());
-        let shareable = first.saturating_sub(self.shift);
+        let shareable = self.given().saturating_sub(self.shift);
         if self.caches() { shareable / self.block_length * self.block_length } else { 0 }
+    }
+
+    /// Tokens before the first position that was open.
+    pub fn given(&self) -> usize {
+        self.asked.iter().position(|&asked| asked).unwrap_or(self.tokens.len())
     }
 
     /// Tokens in a block as attention knows it.
@@ -177,7 +181,7 @@ impl Sequence {
 
     /// What it came to.
     pub fn end(&self, finish_reason: FinishReason) -> Answer {
-        let start = self.asked.iter().position(|&asked| asked).unwrap_or(self.tokens.len());
+        let start = self.given();
         let ends = |i: &usize| self.open[*i] || self.is_stop(*i);
         let end = (start..self.tokens.len()).find(ends).unwrap_or(self.tokens.len());
         Answer {

@@ -1,6 +1,7 @@
 //! Which adapter to use. The best real GPU by default; a software adapter only when nothing else exists
 //! or when it is asked for, and the caller is told so.
 
+use super::Refusal;
 use crate::{Error, Result};
 
 /// The environment variable that names an adapter when no option does.
@@ -19,6 +20,8 @@ pub struct AdapterEntry {
     pub limits: wgpu::Limits,
     /// What its matrix units multiply.
     pub cooperative: Vec<wgpu::CooperativeMatrixProperties>,
+    /// What of these it did not give when a device was opened on it; empty before.
+    pub refused: Vec<Refusal>,
     pub(super) adapter: wgpu::Adapter,
 }
 
@@ -98,6 +101,7 @@ async fn list_of(backends: wgpu::Backends) -> Vec<AdapterEntry> {
                 _ => adapter.cooperative_matrix_properties(),
             },
             limits: adapter.limits(),
+            refused: Vec::new(),
             adapter,
         })
         .collect()

@@ -1,5 +1,6 @@
 //! Recording and submitting: dispatches go into an open batch, a batch goes to the queue, and what the device
-//! reports becomes a typed fault.
+//! reports becomes a typed fault. A dispatch is encoded when its batch is submitted (or when a copy has to follow it):
+//! until then its pipeline may still be compiled by another thread.
 
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
@@ -7,8 +8,8 @@ use std::time::Instant;
 
 use super::buffer::Allocation;
 use super::hash::FastMap;
-use super::kernel::{self, Layout, LayoutKey, MOST_BUFFERS, PipelineKey, kernel};
-use super::profile::{TIMED_DISPATCHES, Timestamps, VariantUse};
+use super::kernel::{Compiling, Layout, LayoutKey, MOST_BUFFERS, PipelineKey, kernel};
+use super::profile::{TIMED_DISPATCHES, VariantUse};
 use super::{BATCH, Buffer, Gpu, GpuInner, Kernel, PARAMS_SLOT, Variant};
 use crate::{Error, Result};
 
@@ -21,16 +22,32 @@ pub(super) enum Reported {
     Invalid(String),
 }
 
-/// The open batch: an encoder with at most one open pass, and the parameters of its dispatches.
+/// The open batch: what is encoded of it, the dispatches that are not yet, and the parameters of them all.
 #[derive(Default)]
 pub(super) struct Batch {
     encoder: Option<wgpu::CommandEncoder>,
-    pub pass: Option<wgpu::ComputePass<'static>>,
+    waiting: Vec<Dispatch>,
     params: Vec<u8>,
     grids: Vec<u32>,
     names: Vec<&'static str>,
     last_buffers: String,
     condition: Option<Condition>,
+}
+
+/// A dispatch that is recorded and not yet encoded.
+struct Dispatch {
+    name: &'static str,
+    pipeline: Rc<Compiling>,
+    group: wgpu::BindGroup,
+    /// Of its parameters in the arena.
+    offset: u32,
+    grid: Grid,
+}
+
+enum Grid {
+    Fixed([u32; 3]),
+    /// Read by the device from a buffer, at this offset.
+    Live(Buffer, u64),
 }
 
 /// Dispatches take their grids from `live`, which [`GATE`] fills from `grids` at the start of a batch.
@@ -51,21 +68,19 @@ pub(super) struct Cache {
     pub groups: FastMap<GroupKey, wgpu::BindGroup>,
 }
 
-/// A compiled variant, and what reports need to know of it.
+/// A variant that is compiled or being compiled, and what reports need to know of it.
 pub(super) struct Pipeline {
     key: PipelineKey,
-    raw: wgpu::ComputePipeline,
+    compiling: Rc<Compiling>,
     layout: Rc<Layout>,
-    /// Of the expanded WGSL.
-    hash: u64,
     /// Since the last reset of the counters.
     pub dispatches: u64,
 }
 
 impl Pipeline {
     pub fn used(&self) -> VariantUse {
-        let (variant, hash, dispatches) = (self.key.describe(), self.hash, self.dispatches);
-        VariantUse { variant, hash, dispatches }
+        let (variant, hash) = (self.key.describe(), self.compiling.hash());
+        VariantUse { variant, hash, dispatches: self.dispatches }
     }
 }
 
@@ -73,7 +88,7 @@ impl Pipeline {
 type GroupKey = [u64; 1 + MOST_BUFFERS];
 
 impl Cache {
-    /// The pipeline of this variant, compiled if it is new.
+    /// The pipeline of this variant, whose compilation begins if it is new.
     fn pipeline(
         &mut self,
         inner: &GpuInner,
@@ -90,10 +105,9 @@ impl Cache {
                 .layouts
                 .entry(key)
                 .or_insert_with(|| Rc::new(Layout::new(&inner.device, key, PARAMS_SLOT as u64)));
-            let checked = inner.options.checked;
-            let (raw, hash) = kernel::compile(&inner.device, variant, layout, checked);
+            let compiling = Rc::new(Compiling::begin(inner, variant, layout));
             let key = PipelineKey::new(variant, key);
-            Pipeline { key, raw, layout: layout.clone(), hash, dispatches: 0 }
+            Pipeline { key, compiling, layout: layout.clone(), dispatches: 0 }
         })
     }
 }
@@ -186,7 +200,7 @@ impl Gpu {
         }
         let pipeline = cache.pipeline(inner, variant, layout_key);
         pipeline.dispatches += 1;
-        let (pipeline, layout) = (pipeline.raw.clone(), pipeline.layout.clone());
+        let (pipeline, layout) = (pipeline.compiling.clone(), pipeline.layout.clone());
         let group = cache.groups.entry(key).or_insert_with(|| {
             inner.stats.borrow_mut().bind_groups += 1;
             bind(&inner.device, &inner.arena, &layout, reads, writes)
@@ -201,17 +215,12 @@ impl Gpu {
             batch.last_buffers = format!("reads {reads:?}, writes {writes:?}");
         }
         let live = batch.condition.as_ref().filter(|_| conditional).map(|c| c.live.clone());
-        let mut timestamps = inner.timestamps.borrow_mut();
-        let pass = batch.pass(&inner.device, timestamps.as_mut(), variant.kernel.name);
-        pass.set_pipeline(&pipeline);
-        pass.set_bind_group(0, &*group, &[offset as u32]);
-        match live {
-            Some(live) => pass.dispatch_workgroups_indirect(&live.0.raw, 12 * slot as u64),
-            None => pass.dispatch_workgroups(grid[0], grid[1], grid[2]),
-        }
-        if timestamps.is_some() {
-            batch.pass = None;
-        }
+        let grid = match live {
+            Some(live) => Grid::Live(live, 12 * slot as u64),
+            None => Grid::Fixed(grid),
+        };
+        let (name, group, offset) = (variant.kernel.name, group.clone(), offset as u32);
+        batch.waiting.push(Dispatch { name, pipeline, group, offset, grid });
     }
 
     /// True if [`Gpu::only_if`] can skip work here. DirectX gives kernels no number of workgroups when a dispatch
@@ -268,9 +277,9 @@ impl Gpu {
     pub(super) fn submit(&self) -> Option<wgpu::SubmissionIndex> {
         let inner = &*self.0;
         let mut batch = inner.batch.borrow_mut();
-        batch.pass = None;
-        let mut encoder = batch.encoder.take()?;
         let start = Instant::now();
+        batch.settle(inner);
+        let mut encoder = batch.encoder.take()?;
         let mut timestamps = inner.timestamps.borrow_mut();
         let timed = timestamps.as_mut().filter(|t| !t.names.is_empty());
         if let Some(t) = &timed {
@@ -356,32 +365,48 @@ impl Gpu {
 }
 
 impl Batch {
-    pub fn encoder(&mut self, device: &wgpu::Device) -> &mut wgpu::CommandEncoder {
-        self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()))
+    /// The encoder behind everything recorded so far, for a copy.
+    pub fn encoder(&mut self, inner: &GpuInner) -> &mut wgpu::CommandEncoder {
+        self.settle(inner);
+        self.open(inner)
     }
 
-    fn pass(
-        &mut self,
-        device: &wgpu::Device,
-        timestamps: Option<&mut Timestamps>,
-        name: &'static str,
-    ) -> &mut wgpu::ComputePass<'static> {
-        if self.pass.is_none() {
-            let writes = timestamps.map(|t| {
-                let at = 2 * t.names.len() as u32;
-                t.names.push(name);
-                (t.set.clone(), at)
-            });
-            let writes = writes.as_ref().map(|(set, at)| wgpu::ComputePassTimestampWrites {
-                query_set: set,
-                beginning_of_pass_write_index: Some(*at),
-                end_of_pass_write_index: Some(at + 1),
-            });
-            let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes: writes };
-            let pass = self.encoder(device).begin_compute_pass(&descriptor).forget_lifetime();
-            self.pass = Some(pass);
+    fn open(&mut self, inner: &GpuInner) -> &mut wgpu::CommandEncoder {
+        self.encoder.get_or_insert_with(|| inner.device.create_command_encoder(&Default::default()))
+    }
+
+    /// Encodes the dispatches that wait, each as soon as its pipeline is compiled: in one pass, or, where they are
+    /// timed, in one each.
+    fn settle(&mut self, inner: &GpuInner) {
+        let waiting = std::mem::take(&mut self.waiting);
+        if waiting.is_empty() {
+            return;
         }
-        self.pass.as_mut().expect("a pass was just begun")
+        let mut timestamps = inner.timestamps.borrow_mut();
+        let encoder = self.open(inner);
+        // Without the lifetime that would keep the encoder from the next pass; each is dropped before that begins.
+        let mut pass: Option<wgpu::ComputePass<'static>> = None;
+        for dispatch in waiting {
+            let stamps = timestamps.as_mut().map(|t| t.next(dispatch.name));
+            if stamps.is_some() {
+                pass = None;
+            }
+            let pass = pass.get_or_insert_with(|| {
+                let stamps = stamps.as_ref().map(|(set, at)| wgpu::ComputePassTimestampWrites {
+                    query_set: set,
+                    beginning_of_pass_write_index: Some(*at),
+                    end_of_pass_write_index: Some(at + 1),
+                });
+                let timed = wgpu::ComputePassDescriptor { label: None, timestamp_writes: stamps };
+                encoder.begin_compute_pass(&timed).forget_lifetime()
+            });
+            pass.set_pipeline(dispatch.pipeline.ready());
+            pass.set_bind_group(0, &dispatch.group, &[dispatch.offset]);
+            match dispatch.grid {
+                Grid::Live(grids, at) => pass.dispatch_workgroups_indirect(&grids.0.raw, at),
+                Grid::Fixed([x, y, z]) => pass.dispatch_workgroups(x, y, z),
+            }
+        }
     }
 }
 

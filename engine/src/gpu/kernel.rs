@@ -2,10 +2,14 @@
 //! Pipelines are compiled once per variant and kept. Bindings follow one rule, so nobody lists them:
 //! binding 0 is the uniform `Params`, then the inputs (`read`), then the outputs (`read_write`).
 
+use std::borrow::Cow;
+use std::cell::{Cell, OnceCell};
 use std::hash::Hasher;
+use std::thread::JoinHandle;
 
+use super::batch::Reported;
 use super::hash::FastHasher;
-use super::{Buffer, Gpu, source};
+use super::{Buffer, Gpu, GpuInner, GpuOptions, source};
 
 /// WGSL with one entry point `main`, named after its file.
 #[derive(Clone, Copy, Debug)]
@@ -16,13 +20,10 @@ pub struct Kernel {
     pub source: &'static str,
 }
 
-/// Declares a kernel from `shaders/<name>.wgsl`.
+/// Declares a kernel from `shaders/<name>.wgsl`; where there is none, the crate does not compile.
 macro_rules! kernel {
     ($name:literal) => {
-        $crate::gpu::Kernel::new(
-            $name,
-            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../shaders/", $name, ".wgsl")),
-        )
+        $crate::gpu::Kernel::new($name, const { demask_shaders::kernel($name) })
     };
 }
 pub(crate) use kernel;
@@ -173,15 +174,96 @@ impl Layout {
     }
 }
 
+/// A kernel as a [`Translator`] gets it.
+#[derive(Clone, Copy, Debug)]
+pub struct Translation<'a> {
+    /// File stem.
+    pub name: &'static str,
+    /// WGSL with imports expanded and host constants set.
+    pub wgsl: &'a str,
+    /// Values of `override` constants.
+    pub constants: &'a [(&'a str, f64)],
+    /// Whether bounds checks, loop bounds and zeroed workgroup memory are asked for.
+    pub checked: bool,
+}
+
+/// Of a translated kernel; what its SPIR-V says of sizes is what counts.
+const ENTRY: wgpu::PassthroughShaderEntryPoint<'_> =
+    wgpu::PassthroughShaderEntryPoint { name: Cow::Borrowed("main"), workgroup_size: (0, 0, 0) };
+
+/// A way of one's own from WGSL to SPIR-V with the entry point `main`, bindings in descriptor set 0 as in the WGSL. For
+/// checks of other compilers; an error becomes the device's fault.
+pub type Translator = fn(&Translation<'_>) -> Result<Vec<u32>, String>;
+
+/// A variant on its way to the device. Drivers take from milliseconds to seconds for one, so each is compiled by a
+/// thread of its own from the moment it is first recorded, beside the others of the pass that needs it.
+pub(super) struct Compiling {
+    thread: Cell<Option<JoinHandle<Compiled>>>,
+    compiled: OnceCell<Compiled>,
+}
+
+/// The pipeline, and a hash of its expanded WGSL.
+type Compiled = (wgpu::ComputePipeline, u64);
+
+impl Compiling {
+    /// Begins to compile `variant`.
+    pub fn begin(inner: &GpuInner, variant: Variant<'_>, layout: &Layout) -> Compiling {
+        let (device, options) = (inner.device.clone(), inner.options.clone());
+        let (kernel, layout) = (variant.kernel, layout.pipeline.clone());
+        let (constants, imports) = (variant.constants.to_vec(), variant.imports.to_vec());
+        let reported = inner.reported.clone();
+        let work = move || {
+            let variant = Variant { kernel, constants: &constants, imports: &imports };
+            compile(&device, variant, &layout, &options).unwrap_or_else(|why| {
+                // Work goes on under the fault, which the next read returns.
+                let why = Reported::Invalid(format!("{}: {why}", kernel.name));
+                reported.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(why);
+                let plain = GpuOptions { translator: None, ..options };
+                compile(&device, variant, &layout, &plain)
+                    .expect("without a translator nothing refuses")
+            })
+        };
+        // OpenGL has one context, for which threads would only wait; a browser has no threads.
+        let alone = cfg!(target_family = "wasm") || inner.entry.info.backend == wgpu::Backend::Gl;
+        let (thread, compiled) = (Cell::default(), OnceCell::new());
+        if alone {
+            let _ = compiled.set(work());
+        } else {
+            thread.set(Some(std::thread::spawn(work)));
+        }
+        Compiling { thread, compiled }
+    }
+
+    /// The pipeline; waits until it is compiled.
+    pub fn ready(&self) -> &wgpu::ComputePipeline {
+        &self.wait().0
+    }
+
+    /// The hash of its expanded WGSL; waits until it is compiled.
+    pub fn hash(&self) -> u64 {
+        self.wait().1
+    }
+
+    fn wait(&self) -> &Compiled {
+        self.compiled.get_or_init(|| {
+            let thread = self.thread.take().expect("a thread compiles what is not compiled");
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
 /// Compiles one variant; also returns a hash of its expanded WGSL. In unchecked mode the driver's robustness is all
 /// that stands between a wrong index and foreign memory, which is why every kernel also runs its hostile shapes in
 /// checked mode in the tests.
-pub(super) fn compile(
+///
+/// # Errors
+/// What the options' translator says of the kernel.
+fn compile(
     device: &wgpu::Device,
     variant: Variant<'_>,
-    layout: &Layout,
-    checked: bool,
-) -> (wgpu::ComputePipeline, u64) {
+    layout: &wgpu::PipelineLayout,
+    options: &GpuOptions,
+) -> Result<Compiled, String> {
     let Kernel { name, source } = variant.kernel;
     let is_override = |constant: &str| {
         source::expand(name, source, variant.imports, &[])
@@ -191,23 +273,40 @@ pub(super) fn compile(
         variant.constants.iter().copied().partition(|(constant, _)| is_override(constant));
     let text = source::expand(name, source, variant.imports, &consts);
     let hash = source::hash(&text);
-    let descriptor = wgpu::ShaderModuleDescriptor {
-        label: Some(name),
-        source: wgpu::ShaderSource::Wgsl(text.into()),
-    };
-    let module = if checked {
-        device.create_shader_module(descriptor)
-    } else {
-        // SAFETY: the kernels are ours, terminate, and are run in checked mode over hostile shapes by the
-        // tests; an op from outside the crate takes the same responsibility, stated at `Gpu::dispatch`.
-        unsafe {
-            device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+    let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
+    let checked = options.checked;
+    let module = match options.translator {
+        Some(translate) => {
+            let constants = &constants;
+            let words = translate(&Translation { name, wgsl: &text, constants, checked })?;
+            // SAFETY: a translator is responsible for its SPIR-V, as a kernel is for its WGSL.
+            unsafe {
+                device.create_shader_module_passthrough(wgpu::ShaderModuleDescriptorPassthrough {
+                    label: Some(name),
+                    entry_points: [ENTRY].as_slice().into(),
+                    spirv: Some(words.into()),
+                    ..Default::default()
+                })
+            }
+        }
+        None => {
+            let descriptor = wgpu::ShaderModuleDescriptor {
+                label: Some(name),
+                source: wgpu::ShaderSource::Wgsl(text.into()),
+            };
+            if checked {
+                device.create_shader_module(descriptor)
+            } else {
+                let checks = wgpu::ShaderRuntimeChecks::unchecked();
+                // SAFETY: the kernels are ours, terminate, and are run in checked mode over hostile shapes by the
+                // tests; an op from outside the crate takes the same responsibility, stated at `Gpu::dispatch`.
+                unsafe { device.create_shader_module_trusted(descriptor, checks) }
+            }
         }
     };
-    let constants: Vec<(&str, f64)> = overrides.iter().map(|&(n, v)| (n, f64::from(v))).collect();
     let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: Some(name),
-        layout: Some(&layout.pipeline),
+        layout: Some(layout),
         module: &module,
         entry_point: Some("main"),
         compilation_options: wgpu::PipelineCompilationOptions {
@@ -217,5 +316,5 @@ pub(super) fn compile(
         },
         cache: None,
     });
-    (pipeline, hash)
+    Ok((pipeline, hash))
 }

@@ -193,8 +193,7 @@ impl Gpu {
             return;
         }
         let mut batch = self.0.batch.borrow_mut();
-        batch.pass = None;
-        batch.encoder(&self.0.device).copy_buffer_to_buffer(
+        batch.encoder(&self.0).copy_buffer_to_buffer(
             &from.0.raw,
             from.0.offset + from_offset,
             &to.0.raw,
@@ -209,9 +208,8 @@ impl Gpu {
             return;
         }
         let mut batch = self.0.batch.borrow_mut();
-        batch.pass = None;
         let bytes = buffer.bytes().next_multiple_of(4);
-        batch.encoder(&self.0.device).clear_buffer(&buffer.0.raw, buffer.0.offset, Some(bytes));
+        batch.encoder(&self.0).clear_buffer(&buffer.0.raw, buffer.0.offset, Some(bytes));
     }
 
     /// In guard mode, says whether the pattern behind `buffer` is intact.

@@ -10,6 +10,7 @@ mod buffer;
 mod hash;
 mod kernel;
 mod memory;
+mod open;
 mod profile;
 mod read_back;
 pub mod source;
@@ -22,7 +23,8 @@ use std::sync::{Arc, Mutex};
 pub use adapter::{ADAPTER_ENV, AdapterEntry, install_hint, list};
 pub use buffer::{Buffer, Holdings, Memory};
 pub(crate) use kernel::kernel;
-pub use kernel::{Kernel, Variant};
+pub use kernel::{Kernel, Translation, Translator, Variant};
+pub use open::Refusal;
 pub use profile::{KernelTime, Stats, VariantUse};
 pub use read_back::ReadBack;
 
@@ -35,6 +37,9 @@ use profile::Timestamps;
 const PARAMS_SLOT: usize = 256;
 /// Dispatches in one batch. Small enough that the device starts early, large enough that submits stay rare.
 const BATCH: usize = 128;
+
+/// What a [`Translator`] needs of a device.
+const PASSTHROUGH: wgpu::Features = wgpu::Features::PASSTHROUGH_SHADERS;
 
 /// How to open a device.
 #[derive(Clone, Debug, Default)]
@@ -59,6 +64,9 @@ pub struct GpuOptions {
     pub dry: bool,
     /// A smaller binding limit than the device's, in bytes: how tests exercise sharding.
     pub max_binding: Option<u64>,
+    /// Makes the SPIR-V of each kernel in place of wgpu: how tests run kernels that came through another compiler.
+    /// Vulkan only.
+    pub translator: Option<Translator>,
 }
 
 /// Names a decision that is made once for a device: which variant of an op serves a class of extents.
@@ -106,31 +114,14 @@ impl Gpu {
         pollster::block_on(Self::open_async(options))
     }
 
-    /// Opens a device with every limit and stable feature its adapter has.
+    /// Opens a device with every limit and stable feature that its adapter has and gives: a feature that is offered and
+    /// then refused is done without, see [`AdapterEntry::refused`].
     pub async fn open_async(options: GpuOptions) -> Result<Gpu> {
         let named = options.adapter.clone().or_else(|| std::env::var(ADAPTER_ENV).ok());
         let named = named.as_deref().filter(|n| !n.is_empty());
-        let entry = adapter::choose(adapter::candidates(named).await, named)?;
-        let mut limits = entry.limits.clone();
-        // DX12 reserves memory for this many descriptors; the bind-group cache never holds so many.
-        limits.max_non_sampler_bindings = limits.max_non_sampler_bindings.min(200_000);
-        let coop = entry.features & wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
-        let descriptor = wgpu::DeviceDescriptor {
-            label: Some("demask"),
-            required_features: (entry.features - wgpu::Features::all_experimental_mask()) | coop,
-            required_limits: limits,
-            // SAFETY: the one experimental feature asked for, cooperative matrices, is used by no kernel that
-            // has not passed its self-test on this device.
-            experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
-            // The pool keeps what it has; big driver-side blocks on top would be held twice.
-            memory_hints: wgpu::MemoryHints::MemoryUsage,
-            trace: wgpu::Trace::Off,
-        };
-        let (device, queue) = entry
-            .adapter
-            .request_device(&descriptor)
-            .await
-            .map_err(|e| Error::NoDevice { adapter: entry.describe(), reason: e.to_string() })?;
+        let mut entry = adapter::choose(adapter::candidates(named).await, named)?;
+        let needed = options.translator.map_or(wgpu::Features::empty(), |_| PASSTHROUGH);
+        let (device, queue) = open::open(&mut entry, needed).await?;
         Ok(Self::from_device(entry, options, device, queue))
     }
 
@@ -197,7 +188,7 @@ impl Gpu {
         }))
     }
 
-    /// The adapter behind this device, with the features and limits that were requested and granted.
+    /// The adapter behind this device, with the features and limits that it granted, and what it refused.
     pub fn adapter(&self) -> &AdapterEntry {
         &self.0.entry
     }

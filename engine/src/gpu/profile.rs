@@ -85,6 +85,13 @@ impl Timestamps {
         }
     }
 
+    /// Where the next dispatch writes its beginning, and behind it its end.
+    pub fn next(&mut self, name: &'static str) -> (wgpu::QuerySet, u32) {
+        let at = 2 * self.names.len() as u32;
+        self.names.push(name);
+        (self.set.clone(), at)
+    }
+
     pub fn resolve(&self, encoder: &mut wgpu::CommandEncoder) {
         let count = 2 * self.names.len() as u32;
         encoder.resolve_query_set(&self.set, 0..count, &self.resolve, 0);

@@ -43,8 +43,7 @@ impl Gpu {
         drop(kept);
         {
             let mut batch = inner.batch.borrow_mut();
-            batch.pass = None;
-            let encoder = batch.encoder(&inner.device);
+            let encoder = batch.encoder(inner);
             let from = buffer.0.offset + offset;
             encoder.copy_buffer_to_buffer(&buffer.0.raw, from, &staging, 0, size);
         }

@@ -2,35 +2,7 @@
 //! in once; a host constant `const NAME: u32 = 64u; // host` may be given another value.
 //! There are no conditionals and no text macros: a kernel on disk stays valid WGSL but for its imports.
 
-/// The shared WGSL files that kernels import, by name.
-const SHARED: &[(&str, &str)] = &[
-    ("coop_f16_16", include_str!("../../../shaders/shared/coop_f16_16.wgsl")),
-    ("coop_f16_8", include_str!("../../../shaders/shared/coop_f16_8.wgsl")),
-    ("coop_f32_8", include_str!("../../../shaders/shared/coop_f32_8.wgsl")),
-    ("decide", include_str!("../../../shaders/shared/decide.wgsl")),
-    ("eight", include_str!("../../../shaders/shared/eight.wgsl")),
-    ("few", include_str!("../../../shaders/shared/few.wgsl")),
-    ("grid", include_str!("../../../shaders/shared/grid.wgsl")),
-    ("gumbel", include_str!("../../../shaders/shared/gumbel.wgsl")),
-    ("keys_f16", include_str!("../../../shaders/shared/keys_f16.wgsl")),
-    ("keys_f32", include_str!("../../../shaders/shared/keys_f32.wgsl")),
-    ("marks", include_str!("../../../shaders/shared/marks.wgsl")),
-    ("mask", include_str!("../../../shaders/shared/mask.wgsl")),
-    ("matmul", include_str!("../../../shaders/shared/matmul.wgsl")),
-    ("philox", include_str!("../../../shaders/shared/philox.wgsl")),
-    ("plain", include_str!("../../../shaders/shared/plain.wgsl")),
-    ("quad", include_str!("../../../shaders/shared/quad.wgsl")),
-    ("reduce", include_str!("../../../shaders/shared/reduce.wgsl")),
-    ("rotation", include_str!("../../../shaders/shared/rotation.wgsl")),
-    ("stage", include_str!("../../../shaders/shared/stage.wgsl")),
-    ("swizzle", include_str!("../../../shaders/shared/swizzle.wgsl")),
-    ("tile", include_str!("../../../shaders/shared/tile.wgsl")),
-    ("weight_bf16", include_str!("../../../shaders/shared/weight_bf16.wgsl")),
-    ("weight_f16", include_str!("../../../shaders/shared/weight_f16.wgsl")),
-    ("weight_f32", include_str!("../../../shaders/shared/weight_f32.wgsl")),
-    ("weight_q4", include_str!("../../../shaders/shared/weight_q4.wgsl")),
-    ("weight_q8", include_str!("../../../shaders/shared/weight_q8.wgsl")),
-];
+use demask_shaders::SHARED;
 
 /// The names of the shared files, for the tests that look for orphans.
 pub fn shared_names() -> impl Iterator<Item = &'static str> {

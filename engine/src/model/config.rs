@@ -5,21 +5,23 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 mod fields;
+pub(crate) mod generation;
 mod rope;
 
 use super::weights::source::read_capped;
 use crate::ops::MOST_HEAD_DIM;
 use crate::{Error, Result};
-use fields::{Fields, shortest};
-pub use rope::RopeScaling;
+use fields::{Fields, brief, shortest};
+use rope::Rope;
+pub use rope::{LongRope, RopeScaling, Yarn};
 
 /// Largest `config.json` that is read, in bytes.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// Values of `model_type` with the architectures whose network is the one of `llama.rs`: plain Llama, to which the
-/// diffusion ones add sampling code only, and Qwen2, which is Llama with biases on q, k and v.
+/// diffusion ones add sampling code only, and Qwen2, which is Llama that always has biases on q, k and v.
 const LLAMA: (&str, &[&str]) =
     ("llama", &["LlamaForCausalLM", "StableDiffcoderForCausalLM", "SeedDiffcoderForCausalLM"]);
 /// Of these, the ones that say by their architecture alone that they are trained by diffusion, with this mask token and
@@ -28,9 +30,6 @@ const DIFFCODERS: [&str; 2] = ["StableDiffcoderForCausalLM", "SeedDiffcoderForCa
 const DIFFCODER_MASK: u32 = 5;
 const DIFFCODER_BLOCK: usize = 4;
 const QWEN2: (&str, &[&str]) = ("qwen2", &["Qwen2ForCausalLM"]);
-
-/// What has a bias in a Qwen2.
-pub(crate) const BIASED: [&str; 3] = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
 
 /// Everything that fixes the network. Sizes are counts of elements; names are those of HF
 /// `config.json`.
@@ -60,22 +59,27 @@ pub struct LlamaConfig {
     pub rope_theta: f32,
     /// How the rotary frequencies were stretched for long contexts, if they were.
     pub rope_scaling: Option<RopeScaling>,
-    /// Whether q, k and v have biases, which makes it a Qwen2.
+    /// Whether q, k and v have biases.
     pub qkv_bias: bool,
+    /// Whether the output projection of attention has a bias.
+    pub o_bias: bool,
+    /// Whether gate, up and down have biases.
+    pub mlp_bias: bool,
     /// Whether the embedding doubles as LM head (then there is no `lm_head.weight`).
     pub tie_word_embeddings: bool,
     /// Context length in tokens the model was trained for.
     pub max_position_embeddings: usize,
-    /// Token that begins a text. Absent means 1, as in transformers' `LlamaConfig`; `null` means
-    /// none.
+    /// Token that begins a text. Absent from the `config.json` of a Llama means 1, as in transformers; `null` means none.
     pub bos_token_id: Option<u32>,
-    /// Tokens that end a text. Absent means 2, as in transformers' `LlamaConfig`; `null` means
-    /// none.
+    /// Tokens that end an answer, the one that ends a text first: those of `generation_config.json` where that file is,
+    /// else those of `config.json`. Absent or `null` means none, as for transformers' `generate`.
     pub eos_token_ids: Vec<u32>,
     /// Token that stands for a masked position. Not an HF Llama key; other loaders ignore it.
     pub mask_token_id: Option<u32>,
     /// Token that fills batches. Negative values, which some files carry, mean none.
     pub pad_token_id: Option<u32>,
+    /// What else `generation_config.json` says. Nothing here reads it; it goes where the model goes.
+    pub generation: Map<String, Value>,
     /// Diffusion block length in tokens the model was trained with. Ours; other loaders ignore it.
     pub block_length: Option<usize>,
     /// What the tokens see under diffusion. Absent in `config.json` means the block-causal mask. Ours, as above.
@@ -103,7 +107,7 @@ impl LlamaConfig {
         self.mask_token_id.is_some() && says
     }
 
-    /// Reads and checks `dir/config.json` (at most 1 MiB).
+    /// Reads and checks `dir/config.json`, and `dir/generation_config.json` if it is there (at most 1 MiB each).
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let bytes = read_capped(&path, MAX_CONFIG_BYTES)?;
@@ -113,7 +117,9 @@ impl LlamaConfig {
                 format!("not valid JSON ({e}); expected a Hugging Face config.json"),
             )
         })?;
-        Self::from_json(&value, &path)
+        let mut config = Self::from_json(&value, &path)?;
+        generation::read(dir, &mut config)?;
+        Ok(config)
     }
 
     /// Takes the parsed `config.json`; `path` only names the file in errors. The result is
@@ -126,7 +132,10 @@ impl LlamaConfig {
             ));
         };
         let fields = Fields { map, path };
-        let qkv_bias = network(&fields)? == QWEN2;
+        let network = network(&fields)?;
+        // transformers' Qwen2 does not look at these fields.
+        let flag = |name: &str| Ok(network == LLAMA && fields.bool(name)?.unwrap_or(false));
+        let (o_bias, mlp_bias) = (flag("attention_bias")?, flag("mlp_bias")?);
         let diffcoder = names(&fields).any(|name| DIFFCODERS.iter().any(|known| name == known));
         let hidden_size = fields.need_usize("hidden_size")?;
         let num_attention_heads = fields.need_usize("num_attention_heads")?;
@@ -156,16 +165,22 @@ impl LlamaConfig {
             rms_norm_eps: fields.f32("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
-            qkv_bias,
+            qkv_bias: network == QWEN2 || o_bias,
+            o_bias,
+            mlp_bias,
             tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
             max_position_embeddings: fields.usize("max_position_embeddings")?.unwrap_or(2048),
-            bos_token_id: fields.ids("bos_token_id", &[1])?.first().copied(),
-            eos_token_ids: fields.ids("eos_token_id", &[2])?,
+            bos_token_id: {
+                let default: &[u32] = if network == QWEN2 { &[] } else { &[1] };
+                fields.ids("bos_token_id", default)?.first().copied()
+            },
+            eos_token_ids: fields.ids("eos_token_id", &[])?,
             mask_token_id: {
                 let named = fields.ids("mask_token_id", &[])?.first().copied();
                 named.or(diffcoder.then_some(DIFFCODER_MASK))
             },
             pad_token_id: fields.ids("pad_token_id", &[])?.first().copied(),
+            generation: Map::new(),
             block_length: fields.usize("block_length")?.or(diffcoder.then_some(DIFFCODER_BLOCK)),
             diffusion_attention: fields.word("diffusion_attention")?.unwrap_or_default(),
         };
@@ -173,29 +188,29 @@ impl LlamaConfig {
         Ok(config)
     }
 
+    /// Whether only q, k and v have biases: what Hugging Face and llama.cpp call a Qwen2.
+    pub fn is_qwen2(&self) -> bool {
+        self.qkv_bias && !self.o_bias && !self.mlp_bias
+    }
+
     /// The `config.json` that transformers, and [`LlamaConfig::from_json`], read back to the same
     /// values. `torch_dtype` is the type of the weights beside it: `float32`, `float16` or
     /// `bfloat16`.
     pub fn to_json(&self, torch_dtype: &str) -> Value {
-        let eos = match self.eos_token_ids.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            many => json!(many),
-        };
-        let (model_type, architectures) = if self.qkv_bias { QWEN2 } else { LLAMA };
+        let (model_type, architectures) = if self.is_qwen2() { QWEN2 } else { LLAMA };
         let mut value = json!({
             "architectures": [architectures[0]],
-            "attention_bias": false,
+            "attention_bias": self.o_bias,
             "attention_dropout": 0.0,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos,
+            "eos_token_id": ids_json(&self.eos_token_ids),
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
             "initializer_range": 0.02,
             "intermediate_size": self.intermediate_size,
             "max_position_embeddings": self.max_position_embeddings,
-            "mlp_bias": false,
+            "mlp_bias": self.mlp_bias,
             "model_type": model_type,
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_hidden_layers,
@@ -259,6 +274,11 @@ impl LlamaConfig {
             );
             return Err(Error::model(path, reason));
         }
+        if self.o_bias != self.qkv_bias && !self.is_qwen2() {
+            let reason = "its biases are those of no Llama (q, k, v and o, or none of them) and of no Qwen2 (q, k and \
+                          v alone)";
+            return Err(Error::model(path, reason));
+        }
         self.validate_numbers(path)?;
         self.validate_ids(path)
     }
@@ -275,7 +295,10 @@ impl LlamaConfig {
             return Err(Error::model(path, reason));
         }
         match &self.rope_scaling {
-            Some(scaling) => scaling.validate(path),
+            Some(RopeScaling::Yarn(_)) if self.rope_theta == 1.0 => {
+                Err(Error::model(path, "rope_theta is 1; yarn needs one above 1"))
+            }
+            Some(scaling) => scaling.validate(self.head_dim, path),
             None => Ok(()),
         }
     }
@@ -300,10 +323,52 @@ impl LlamaConfig {
         Ok(())
     }
 
-    /// Rotary frequencies in radians per position, `[head_dim / 2]`, scaling included,
-    /// by the formulas of transformers' `modeling_rope_utils`.
+    /// Rotary frequencies in radians per position, `[head_dim / 2]`, scaling included, in a text of up to
+    /// [`LlamaConfig::steady_length`] tokens, by the formulas of transformers' `modeling_rope_utils`.
     pub fn inv_freq(&self) -> Vec<f32> {
-        rope::inv_freq(self.head_dim, self.rope_theta, self.rope_scaling.as_ref())
+        self.inv_freq_in(0)
+    }
+
+    /// The same in a text of `length` tokens.
+    pub fn inv_freq_in(&self, length: usize) -> Vec<f32> {
+        self.rope().frequencies(length)
+    }
+
+    /// What the sines and cosines of rotary angles are multiplied by.
+    pub fn rope_attention_factor(&self) -> f32 {
+        self.rope().attention_factor()
+    }
+
+    /// The longest text, in tokens, that has the rotary frequencies of short ones; in longer ones they depend on the
+    /// length. `usize::MAX` but for the scalings `dynamic` and `longrope`.
+    pub fn steady_length(&self) -> usize {
+        self.rope().steady_length()
+    }
+
+    /// The longest text, in tokens, that the model reads. It is `max_position_embeddings`, but where that is the
+    /// context before it was stretched: the scalings `linear` and `yarn` reach as much further as they say, and
+    /// `dynamic` has no end.
+    pub fn context_length(&self) -> usize {
+        const MOST: usize = 1 << 30;
+        let most = self.max_position_embeddings;
+        let stretched = |n: usize, factor: f32| ((n as f64 * f64::from(factor)) as usize).min(MOST);
+        match &self.rope_scaling {
+            Some(RopeScaling::Linear { factor }) => stretched(most, *factor),
+            Some(RopeScaling::Yarn(yarn)) => {
+                most.max(stretched(yarn.original_max_position_embeddings, yarn.factor))
+            }
+            Some(RopeScaling::Dynamic { .. }) => MOST,
+            _ => most,
+        }
+    }
+
+    fn rope(&self) -> Rope<'_> {
+        Rope {
+            head_dim: self.head_dim,
+            theta: self.rope_theta,
+            max_position_embeddings: self.max_position_embeddings,
+            scaling: self.rope_scaling.as_ref(),
+        }
     }
 
     /// Every parameter's HF name and shape, in the order of the network: embedding, layers, norm,
@@ -313,25 +378,24 @@ impl LlamaConfig {
         let (q, kv) =
             (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
         let layer = [
-            ("input_layernorm", vec![d]),
-            ("self_attn.q_proj", vec![q, d]),
-            ("self_attn.k_proj", vec![kv, d]),
-            ("self_attn.v_proj", vec![kv, d]),
-            ("self_attn.o_proj", vec![d, q]),
-            ("post_attention_layernorm", vec![d]),
-            ("mlp.gate_proj", vec![f, d]),
-            ("mlp.up_proj", vec![f, d]),
-            ("mlp.down_proj", vec![d, f]),
+            ("input_layernorm", vec![d], false),
+            ("self_attn.q_proj", vec![q, d], self.qkv_bias),
+            ("self_attn.k_proj", vec![kv, d], self.qkv_bias),
+            ("self_attn.v_proj", vec![kv, d], self.qkv_bias),
+            ("self_attn.o_proj", vec![d, q], self.o_bias),
+            ("post_attention_layernorm", vec![d], false),
+            ("mlp.gate_proj", vec![f, d], self.mlp_bias),
+            ("mlp.up_proj", vec![f, d], self.mlp_bias),
+            ("mlp.down_proj", vec![d, f], self.mlp_bias),
         ];
         let mut parameters =
             vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
         for n in 0..self.num_hidden_layers {
-            for (name, shape) in &layer {
+            for (name, shape, _) in &layer {
                 parameters.push((format!("model.layers.{n}.{name}.weight"), shape.clone()));
             }
-            for name in BIASED.iter().filter(|_| self.qkv_bias) {
-                let width = if *name == BIASED[0] { q } else { kv };
-                parameters.push((format!("model.layers.{n}.{name}.bias"), vec![width]));
+            for (name, shape, _) in layer.iter().filter(|(.., biased)| *biased) {
+                parameters.push((format!("model.layers.{n}.{name}.bias"), vec![shape[0]]));
             }
         }
         parameters.push(("model.norm.weight".to_owned(), vec![d]));
@@ -345,6 +409,15 @@ impl LlamaConfig {
     pub fn num_parameters(&self) -> u64 {
         let elements = |shape: &[usize]| shape.iter().map(|&n| n as u64).product::<u64>();
         self.parameters().iter().map(|(_, shape)| elements(shape)).sum()
+    }
+}
+
+/// Token ids as the files of a folder have them.
+fn ids_json(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [one] => json!(one),
+        many => json!(many),
     }
 }
 
@@ -373,23 +446,11 @@ fn network(fields: &Fields) -> Result<(&'static str, &'static [&'static str])> {
             )));
         }
     }
-    for name in ["attention_bias", "mlp_bias"] {
-        if fields.bool(name)? == Some(true) {
-            return Err(fields.error(format!(
-                "{name} is true; biases are supported on q, k and v only (model_type qwen2)"
-            )));
-        }
-    }
     if fields.bool("use_sliding_window")? == Some(true) {
         return Err(fields.error("use_sliding_window is true; only whole attention is supported"));
     }
     if let Some(act) = fields.map.get("hidden_act").filter(|act| *act != "silu") {
         return Err(fields.error(format!("hidden_act {act} is not supported; expected \"silu\"")));
-    }
-    if fields.f32("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-        return Err(
-            fields.error("partial_rotary_factor is not 1; only fully rotated heads are supported")
-        );
     }
     if fields.map.get("quantization_config").is_some_and(|q| !q.is_null()) {
         return Err(fields
@@ -398,19 +459,36 @@ fn network(fields: &Fields) -> Result<(&'static str, &'static [&'static str])> {
     Ok(network)
 }
 
-/// `rope_theta` and `rope_scaling`, or `rope_parameters`, which holds both from transformers 5 on.
+/// The base and the scaling of rotary frequencies, with the precedence of transformers 5: `rope_scaling` over
+/// `rope_parameters`, and in what is left its own `rope_theta` over the one beside it, which files keep from older
+/// versions.
 fn rope_fields(fields: &Fields) -> Result<(f32, Option<RopeScaling>)> {
-    let old = fields.map.get("rope_scaling").filter(|v| !v.is_null());
-    let new = fields.map.get("rope_parameters").filter(|v| !v.is_null());
-    let scaling = match old.or(new) {
-        Some(value) => RopeScaling::from_json(value, fields.path)?,
-        None => None,
+    let Fields { map, path } = *fields;
+    let mut inner = None;
+    for name in ["rope_scaling", "rope_parameters"] {
+        match map.get(name) {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(found)) if found.is_empty() => {}
+            Some(Value::Object(found)) => {
+                inner.get_or_insert(Fields { map: found, path });
+            }
+            Some(other) => {
+                let found = brief(other);
+                return Err(fields.error(format!("{name} is {found}; expected an object or null")));
+            }
+        }
+    }
+    for fields in [Some(fields), inner.as_ref()].into_iter().flatten() {
+        if fields.f32("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+            return Err(fields
+                .error("partial_rotary_factor is not 1; only fully rotated heads are supported"));
+        }
+    }
+    let (theta, scaling) = match &inner {
+        None => (None, None),
+        Some(inner) => (inner.f32("rope_theta")?, RopeScaling::from_json(inner, fields)?),
     };
-    let theta = match (fields.f32("rope_theta")?, new.and_then(Value::as_object)) {
-        (Some(theta), _) => Some(theta),
-        (None, Some(map)) => Fields { map, path: fields.path }.f32("rope_theta")?,
-        (None, None) => None,
-    };
+    let theta = theta.map_or_else(|| fields.f32("rope_theta"), |theta| Ok(Some(theta)))?;
     Ok((theta.unwrap_or(10_000.0), scaling))
 }
 

@@ -11,6 +11,7 @@ use super::weights::quant::StoredType;
 use crate::{Error, Result};
 
 mod cursor;
+pub(crate) mod ends;
 pub(crate) mod llama;
 pub(crate) mod split;
 pub(crate) mod write;

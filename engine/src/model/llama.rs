@@ -2,13 +2,13 @@
 //! with rotary positions and a SwiGLU feed-forward, a final norm, a head. Nothing here is specific to diffusion:
 //! only the mask and the loss differ (arXiv 2601.15892 §2.2).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::rc::Rc;
 
 use super::cache::KvCache;
-use super::config::{BIASED, LlamaConfig};
-use super::lora::{Decoding, Lora};
+use super::config::LlamaConfig;
+use super::lora::{Decoding, HEAD, Lora, Replaced};
 use super::parameter::{
     Fresh, Parameter, Precision, Source, Stored, joined, parameter, saved_type, widen,
 };
@@ -30,12 +30,17 @@ use crate::tensor::{DType, Tensor};
 pub struct Llama {
     gpu: Gpu,
     config: LlamaConfig,
+    /// Of texts of up to [`LlamaConfig::steady_length`] tokens: [H / 2].
     inv_freq: Tensor,
+    /// What rotated queries and keys are multiplied by.
+    rope_scale: f32,
     embed: Parameter,
     layers: Vec<Rc<Layer>>,
     norm: Parameter,
     /// `None` when tied to the embedding.
     head: Option<Parameter>,
+    /// Parameters that an adapter brought values for: which rows, and whether a tied head goes with them.
+    replaced: BTreeMap<String, (Option<Vec<u32>>, bool)>,
     /// Type of the keys and values of its caches.
     cache: DType,
 }
@@ -111,25 +116,26 @@ impl Llama {
             let ([q, k, v], qkv) = joined(gpu, &mut source, names, &shapes)?;
             let apart = || [&q, &k, &v].map(|p| p.shards.clone()).concat();
             let qkv = qkv.map_or_else(apart, |whole| vec![whole]);
-            let mut biases = [None, None, None];
-            for (bias, part) in biases.iter_mut().zip(BIASED).filter(|_| config.qkv_bias) {
-                *bias = Some(get(&mut source, &format!("model.layers.{i}.{part}.bias"))?);
-            }
-            let [q_bias, k_bias, v_bias] = biases;
             let o = part(&mut source, "self_attn.o_proj")?;
             let post_norm = part(&mut source, "post_attention_layernorm")?;
             let names = ["mlp.gate_proj", "mlp.up_proj"].map(name);
             let ([gate, up], gate_up) = joined(gpu, &mut source, names, &shapes)?;
+            let down = part(&mut source, "mlp.down_proj")?;
+            let mut projection = |weight: Parameter| {
+                let bias = weight.name.replace(".weight", ".bias");
+                let bias = shapes.contains_key(&bias).then(|| get(&mut source, &bias));
+                Ok::<_, crate::Error>(Projection::with_bias(weight, bias.transpose()?))
+            };
             layers.push(Rc::new(Layer {
                 input_norm,
-                q: Projection::with_bias(q, q_bias),
-                k: Projection::with_bias(k, k_bias),
-                v: Projection::with_bias(v, v_bias),
-                o: Projection::new(o),
+                q: projection(q)?,
+                k: projection(k)?,
+                v: projection(v)?,
+                o: projection(o)?,
                 post_norm,
-                gate: Projection::new(gate),
-                up: Projection::new(up),
-                down: Projection::new(part(&mut source, "mlp.down_proj")?),
+                gate: projection(gate)?,
+                up: projection(up)?,
+                down: projection(down)?,
                 qkv,
                 gate_up,
                 heads: config.num_attention_heads,
@@ -144,8 +150,11 @@ impl Llama {
             false => Some(get(&mut source, "lm_head.weight")?),
         };
         let inv_freq = Tensor::from_f32(gpu, &config.inv_freq(), [config.head_dim / 2]);
+        let rope_scale = config.rope_attention_factor();
         let (gpu, config) = (gpu.clone(), config.clone());
-        Ok(Llama { gpu, config, inv_freq, embed, layers, norm, head, cache: DType::F32 })
+        let cache = DType::F32;
+        let replaced = BTreeMap::new();
+        Ok(Llama { gpu, config, inv_freq, rope_scale, embed, layers, norm, head, replaced, cache })
     }
 
     /// This model with every weight a trainable leaf, or with the adapter's alone if it has one. Weights that are
@@ -169,15 +178,30 @@ impl Llama {
         self
     }
 
-    /// This model with an adapter over its weights, which may be of any type.
+    /// This model with an adapter over its weights, which may be of any type. Parameters that the adapter brings values
+    /// of its own for take these, in the type that they have; a tied head that is no longer the embedding gets memory of
+    /// its own.
     pub fn adapted(mut self, lora: &Lora) -> Result<Llama> {
         lora.check(&self.config)?;
+        if lora.unties(&self.config) {
+            self.config.tie_word_embeddings = false;
+            self.head = Some(self.embed.copy(HEAD)?);
+        }
+        for parameter in self.parameters() {
+            if let Some(replaced) = lora.replaced.get(&parameter.name) {
+                parameter.replace(replaced.rows.as_deref(), &replaced.values)?;
+            }
+        }
+        for (name, Replaced { rows, tied, .. }) in &lora.replaced {
+            self.replaced.insert(name.clone(), (rows.clone(), *tied));
+        }
         for layer in &mut self.layers {
             let layer = Rc::get_mut(layer).expect("no forward pass is open");
             for projection in layer.projections_mut() {
-                let name = projection.weight.name.trim_end_matches(".weight");
-                if let Some(low) = lora.modules.get(name) {
-                    projection.adapt(&self.gpu, low, lora)?;
+                let name = projection.weight.name.trim_end_matches(".weight").to_owned();
+                if let Some(low) = lora.modules.get(&name) {
+                    let low = lora.over_whole_weight(&name, low, || projection.weight.values())?;
+                    projection.adapt(&self.gpu, &low, lora)?;
                 }
             }
         }
@@ -189,14 +213,23 @@ impl Llama {
     /// Its adapter as it stands, on the host; `None` if it has none.
     pub fn adapter(&self) -> Result<Option<Lora>> {
         let mut lora: Option<Lora> = None;
+        let decoding = Decoding::of(&self.config);
         for projection in self.layers.iter().flat_map(|layer| layer.projections()) {
             let Some(adapter) = &projection.adapter else { continue };
             let name = projection.weight.name.trim_end_matches(".weight").to_owned();
-            let decoding = Decoding::of(&self.config);
-            let lora = lora.get_or_insert_with(|| adapter.empty(decoding));
+            let lora = lora.get_or_insert_with(|| adapter.empty());
             lora.modules.insert(name, adapter.read()?);
         }
-        Ok(lora)
+        for parameter in self.parameters() {
+            let Some((rows, tied)) = self.replaced.get(&parameter.name) else { continue };
+            let lora = lora.get_or_insert_with(|| Lora::empty(false, false));
+            let values = parameter.values_of(rows.as_deref())?;
+            let n = rows.as_ref().map_or(parameter.shape[0], Vec::len);
+            let shape = [&[n], &parameter.shape[1..]].concat();
+            let replaced = Replaced { shape, values, rows: rows.clone(), tied: *tied };
+            lora.replaced.insert(parameter.name.clone(), replaced);
+        }
+        Ok(lora.map(|lora| Lora { decoding, ..lora }))
     }
 
     /// Gives its adapter the values of another of the same kind.
@@ -284,13 +317,17 @@ impl Llama {
     }
 
     fn hidden_of(&self, inputs: &Inputs, rows: Option<&Tensor>, recompute: bool) -> Tensor {
+        let copies = if matches!(inputs.attention.mask, Mask::TwoCopy(_)) { 2 } else { 1 };
+        let shared = self.frequencies(inputs.tokens.shape().last() / copies);
+        let scale = self.rope_scale;
         let mut x = embedding(&inputs.tokens, &self.embed.shards);
         for (i, layer) in self.layers.iter().enumerate() {
-            let (layer, inv_freq) = (layer.clone(), self.inv_freq.clone());
+            let (layer, inv_freq) = (layer.clone(), shared.clone());
             let (positions, options) = (inputs.positions.clone(), inputs.attention.clone());
             let rows = rows.filter(|_| i + 1 == self.layers.len()).cloned();
-            let forward =
-                move |x: &Tensor| layer.forward(x, &positions, &inv_freq, &options, rows.as_ref());
+            let forward = move |x: &Tensor| {
+                layer.forward(x, &positions, (&inv_freq, scale), &options, rows.as_ref())
+            };
             x = if recompute { checkpoint(&x, forward) } else { forward(&x) };
         }
         rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
@@ -316,13 +353,38 @@ impl Llama {
     /// If the lanes have other rows, or reach past the cache.
     pub fn pass(&self, tokens: &Tensor, lanes: &Lanes, cache: &mut KvCache) -> Tensor {
         assert!(lanes.slots() <= cache.capacity(), "{lanes:?} reach past the cache");
+        let inv_freq = self.frequencies_of(lanes);
+        let rotary = (&inv_freq, self.rope_scale);
         without_recording(|| {
             let mut x = embedding(tokens, &self.embed.shards);
             for (i, layer) in self.layers.iter().enumerate() {
-                x = layer.decode(&x, lanes, &self.inv_freq, cache.layer(i));
+                x = layer.decode(&x, lanes, rotary, cache.layer(i));
             }
             rms_norm(&x, &self.norm.shards[0], self.config.rms_norm_eps)
         })
+    }
+
+    /// Rotary frequencies in a text of `length` tokens: [H / 2].
+    fn frequencies(&self, length: usize) -> Tensor {
+        if length <= self.config.steady_length() {
+            return self.inv_freq.clone();
+        }
+        Tensor::from_f32(&self.gpu, &self.config.inv_freq_in(length), [self.config.head_dim / 2])
+    }
+
+    /// Rotary frequencies of a pass: [H / 2], or of each row, [R, H / 2], where its texts have different ones. As in
+    /// transformers, keys that lie in the cache stay as they were rotated when the text was shorter.
+    fn frequencies_of(&self, lanes: &Lanes) -> Tensor {
+        let steady = self.config.steady_length();
+        let lengths = || lanes.lengths().iter().map(|&(rows, length)| (rows, length.max(steady)));
+        let (_, first) = lengths().next().unwrap_or_default();
+        if lengths().all(|(_, length)| length == first) {
+            return self.frequencies(first);
+        }
+        let rows = |(rows, length)| std::iter::repeat_n(self.config.inv_freq_in(length), rows);
+        let all: Vec<f32> = lengths().flat_map(rows).flatten().collect();
+        let half = self.config.head_dim / 2;
+        Tensor::from_f32(&self.gpu, &all, [all.len() / half, half])
     }
 
     /// Logits f32 [R, V] of hidden states [R, D].
@@ -395,15 +457,15 @@ impl Layer {
         &self,
         x: &Tensor,
         positions: &Tensor,
-        inv_freq: &Tensor,
+        rotary: (&Tensor, f32),
         options: &AttentionOptions,
         rows: Option<&Tensor>,
     ) -> Tensor {
         let [b, t] = [x.shape()[0], x.shape()[1]];
         let h = rms_norm(x, &self.input_norm.shards[0], self.eps);
         let heads = |w: &Projection, n| w.forward(&h).reshape([b, t, n, self.head_dim]);
-        let q = rope(&heads(&self.q, self.heads), positions, inv_freq);
-        let k = rope(&heads(&self.k, self.kv_heads), positions, inv_freq);
+        let q = rope(&heads(&self.q, self.heads), positions, rotary);
+        let k = rope(&heads(&self.k, self.kv_heads), positions, rotary);
         let v = heads(&self.v, self.kv_heads);
         let a = attention(&q, &k, &v, options).reshape([b, t, self.heads * self.head_dim]);
         let x = match rows {
@@ -420,7 +482,7 @@ impl Layer {
         &self,
         x: &Tensor,
         lanes: &Lanes,
-        inv_freq: &Tensor,
+        rotary: (&Tensor, f32),
         (keys, values): (&Tensor, &Tensor),
     ) -> Tensor {
         let t = x.shape()[0];
@@ -432,7 +494,7 @@ impl Layer {
                 ops::beside(&parts.map(|p| p.forward(&h)))
             }
         };
-        let q = rope_into_cache(&qkv, lanes.places(), inv_freq, keys, values);
+        let q = rope_into_cache(&qkv, lanes.places(), rotary, keys, values);
         let a = attention_cached(&q, keys, values, lanes).reshape([t, self.heads * self.head_dim]);
         let x = self.o.onto(x, &a);
         let norm = (&self.post_norm.shards[0], self.eps);

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::config::LlamaConfig;
 use super::gguf::write::write_gguf;
-use super::lora::Lora;
+use super::hub;
+use super::lora::{EMBEDDING, HEAD, Lora, LowRank, Replaced};
 use super::parameter::saved_type;
 use super::save::{SaveTensor, Sink, save_model};
 use super::tokenizer::Tokenizer;
@@ -28,16 +29,44 @@ pub fn merge(
     dtype: StoredType,
     hear: Hear<'_>,
 ) -> Result<()> {
+    let base = &hub::resolve(base)?;
     let (mut config, weights) = Weights::open(base)?;
     lora.check(&config)?;
     let files = tokenizer_files(base, &config)?;
+    let tied = config.tie_word_embeddings;
+    config.tie_word_embeddings &= !lora.unties(&config);
     lora.decoding.apply(&mut config);
+    // Of the matrix that is being written; what it needs of the whole of it is found once.
+    let mut module: Option<(String, LowRank)> = None;
     let rows = |name: &str, range: Range<usize>| {
-        let mut values = weights.rows_f32(name, range.clone())?;
-        if let Some(module) = name.strip_suffix(".weight").and_then(|m| lora.modules.get(m)) {
-            let columns = values.len() / range.len().max(1);
-            for (row, o) in values.chunks_mut(columns.max(1)).zip(range) {
-                lora.merge_row(module, o, row);
+        let replaced = lora.replaced.get(name);
+        let columns = weights.shape(source(name, tied))[1..].iter().product::<usize>();
+        let mut values = match replaced {
+            Some(Replaced { rows: None, values, .. }) => {
+                values[range.start * columns..range.end * columns].to_vec()
+            }
+            _ => weights.rows_f32(source(name, tied), range.clone())?,
+        };
+        if let Some(Replaced { rows: Some(rows), values: new, .. }) = replaced {
+            for (&row, new) in rows.iter().zip(new.chunks(columns)) {
+                if let Some(at) = range.clone().position(|o| o == row as usize) {
+                    values[at * columns..][..columns].copy_from_slice(new);
+                }
+            }
+        }
+        let named = name.strip_suffix(".weight").unwrap_or_default();
+        if let Some(low) = lora.modules.get(named) {
+            if module.as_ref().is_none_or(|(of, _)| of != named) {
+                let whole = || match replaced {
+                    Some(Replaced { rows: None, values, .. }) => Ok(values.clone()),
+                    _ => weights.rows_f32(name, 0..weights.shape(name)[0]),
+                };
+                module = Some((named.into(), lora.over_whole_weight(named, low, whole)?));
+            }
+            if let Some((_, module)) = &module {
+                for (row, o) in values.chunks_mut(columns.max(1)).zip(range) {
+                    lora.merge_row(module, o, row);
+                }
             }
         }
         Ok(values)
@@ -45,9 +74,15 @@ pub fn merge(
     write(out, &config, dtype, &files, hear, rows)
 }
 
+/// Where a model has the values of a parameter.
+fn source(name: &str, tied: bool) -> &str {
+    if tied && name == HEAD { EMBEDDING } else { name }
+}
+
 /// Writes the mean of models of one shape, weight by weight, to the folder `out`, with the configuration and the
 /// tokenizer of the first.
 pub fn average(models: &[PathBuf], out: &Path, dtype: StoredType, hear: Hear<'_>) -> Result<()> {
+    let models = &models.iter().map(|m| hub::resolve(m)).collect::<Result<Vec<_>>>()?[..];
     let opened = models.iter().map(|m| Weights::open(m)).collect::<Result<Vec<_>>>()?;
     let Some((config, _)) = opened.first() else {
         return Err(Error::Request("there is no model to average".into()));

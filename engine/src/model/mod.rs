@@ -4,6 +4,7 @@ mod cache;
 mod chat;
 pub mod config;
 pub mod gguf;
+pub mod hub;
 mod llama;
 pub mod lora;
 pub mod merge;
@@ -14,8 +15,8 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use cache::KvCache;
-pub use chat::{CHATML, ChatTemplate};
-pub use config::{DiffusionAttention, LlamaConfig, RopeScaling};
+pub use chat::{CHATML, ChatOptions, ChatTemplate};
+pub use config::{DiffusionAttention, LlamaConfig, LongRope, RopeScaling, Yarn};
 pub use llama::{Inputs, Llama};
 pub use lora::Lora;
 pub use parameter::{Parameter, Precision, conversions};

@@ -45,6 +45,62 @@ pub struct Parameter {
     pub shards: Vec<Tensor>,
 }
 
+impl Parameter {
+    /// Its values as f32 on the host.
+    pub(super) fn values(&self) -> Result<Vec<f32>> {
+        let shards = self.shards.iter().map(widen).collect::<Result<Vec<_>>>()?;
+        Ok(shards.concat())
+    }
+
+    /// Those of some rows, or of all.
+    pub(super) fn values_of(&self, rows: Option<&[u32]>) -> Result<Vec<f32>> {
+        let all = self.values()?;
+        let Some(rows) = rows else { return Ok(all) };
+        let columns = self.shape[1..].iter().product::<usize>();
+        Ok(rows
+            .iter()
+            .flat_map(|&row| &all[row as usize * columns..][..columns])
+            .copied()
+            .collect())
+    }
+
+    /// Puts other values in the place of some of its rows, or of all; they are there.
+    pub(super) fn replace(&self, rows: Option<&[u32]>, values: &[f32]) -> Result<()> {
+        let columns = self.shape[1..].iter().product::<usize>();
+        let mut first = 0;
+        for shard in self.shards.iter().filter(|shard| !shard.gpu().is_dry()) {
+            let n = shard.shape()[0];
+            let encoded = |values: &[f32]| encode(values, shard.shape().last(), shard.dtype());
+            match rows {
+                None => shard.overwrite(&encoded(&values[first * columns..][..n * columns])),
+                Some(rows) => {
+                    let mut bytes = shard.to_bytes()?;
+                    let length = bytes.len() / n.max(1);
+                    for (&row, values) in rows.iter().zip(values.chunks(columns)) {
+                        if let Some(at) = (row as usize).checked_sub(first).filter(|&at| at < n) {
+                            bytes[at * length..][..length].copy_from_slice(&encoded(values));
+                        }
+                    }
+                    shard.overwrite(&bytes);
+                }
+            }
+            first += n;
+        }
+        Ok(())
+    }
+
+    /// The same values in memory of their own.
+    pub(super) fn copy(&self, name: &str) -> Result<Parameter> {
+        let copy = |shard: &Tensor| {
+            let copy = Tensor::empty(shard.gpu(), shard.shape(), shard.dtype(), name);
+            copy.overwrite(&shard.to_bytes()?);
+            Ok(copy)
+        };
+        let shards = self.shards.iter().map(copy).collect::<Result<_>>()?;
+        Ok(Parameter { name: name.to_owned(), shape: self.shape.clone(), shards })
+    }
+}
+
 /// Where a model's weights come from.
 pub(super) trait Source {
     /// How a parameter rests in memory.

@@ -1,12 +1,10 @@
 //! A linear layer of the model, with the low-rank adapter that may lie over it (see `lora.rs`):
 //!   y = x · Wᵀ + s (x · Aᵀ) · Bᵀ                  x: [.., D]  W: [O, D]  A: [r, D]  B: [O, r]  y: [.., O]
-//!   (Qwen2 adds a bias to q, k and v, after all that.)
+//!   (A bias, where the model has one, is added after all that.)
 //!   DoRA: y ⊙ m / ‖W + s B A‖                     m: [O], and the lengths of the rows, constant in the derivative
 //! W may be of any type and is never widened or merged: the adapter is two thin products beside it.
 
-use std::collections::BTreeMap;
-
-use super::lora::{Decoding, Lora, LowRank};
+use super::lora::{Lora, LowRank};
 use super::parameter::{Parameter, widen};
 use crate::autograd::without_recording;
 use crate::gpu::Gpu;
@@ -42,12 +40,8 @@ pub(super) struct Magnitude {
 }
 
 impl Projection {
-    pub fn new(weight: Parameter) -> Projection {
-        Projection { weight, bias: None, adapter: None }
-    }
-
     pub fn with_bias(weight: Parameter, bias: Option<Parameter>) -> Projection {
-        Projection { bias, ..Projection::new(weight) }
+        Projection { weight, bias, adapter: None }
     }
 
     /// Nothing is added to the product with its weight.
@@ -70,18 +64,21 @@ impl Projection {
 
     /// residual [.., O] + [`Projection::forward`].
     pub fn onto(&self, residual: &Tensor, x: &Tensor) -> Tensor {
-        assert!(self.bias.is_none(), "what is added to the residual stream has no bias");
-        match &self.adapter {
+        let y = match &self.adapter {
             None => linear_onto(residual, x, &self.weight.shards),
             // The residual is no part of what DoRA scales.
-            Some(Adapter { magnitude: Some(_), .. }) => add(residual, &self.forward(x)),
+            Some(Adapter { magnitude: Some(_), .. }) => return add(residual, &self.forward(x)),
             Some(adapter) => adapter.add(x, &linear_onto(residual, x, &self.weight.shards)),
+        };
+        match &self.bias {
+            None => y,
+            Some(bias) => add(&y, &bias.shards[0]),
         }
     }
 
     /// Lays an adapter over the weight.
     pub fn adapt(&mut self, gpu: &Gpu, low: &LowRank, lora: &Lora) -> Result<()> {
-        let rank = lora.rank;
+        let rank = low.rank;
         let [o, d] = [self.weight.shape[0], self.weight.shape[1]];
         let module = self.weight.name.trim_end_matches(".weight");
         let parameter = |part: &str, values: &[f32], shape: &[usize]| Parameter {
@@ -107,9 +104,9 @@ impl Projection {
         self.adapter = Some(Adapter {
             a: parameter("lora_A.weight", &low.a, &[rank, d]),
             b: parameter("lora_B.weight", &low.b, &[o, rank]),
-            alpha: lora.alpha,
+            alpha: low.alpha,
             by_root: lora.by_root,
-            scale: lora.scale(),
+            scale: lora.scale(low),
             magnitude,
         });
         Ok(())
@@ -141,22 +138,17 @@ impl Adapter {
         }
     }
 
-    /// An adapter of its kind that adapts nothing yet.
-    pub fn empty(&self, decoding: Decoding) -> Lora {
-        Lora {
-            rank: self.a.shape[0],
-            alpha: self.alpha,
-            by_root: self.by_root,
-            dora: self.magnitude.is_some(),
-            modules: BTreeMap::new(),
-            decoding,
-        }
+    /// An adapter of its kind without modules.
+    pub fn empty(&self) -> Lora {
+        Lora::empty(self.by_root, self.magnitude.is_some())
     }
 
     /// Its values on the host.
     pub fn read(&self) -> Result<LowRank> {
         let values = |p: &Parameter| p.shards[0].to_vec();
         Ok(LowRank {
+            rank: self.a.shape[0],
+            alpha: self.alpha,
             a: values(&self.a)?,
             b: values(&self.b)?,
             magnitude: self.magnitude.as_ref().map_or(Ok(vec![]), |m| values(&m.m))?,

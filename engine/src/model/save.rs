@@ -15,7 +15,7 @@ use ::safetensors::Dtype;
 use ::safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
 
-use super::config::LlamaConfig;
+use super::config::{LlamaConfig, generation};
 use super::weights::StoredType;
 use crate::{Error, Result};
 
@@ -107,7 +107,7 @@ fn save_sharded(
         staged.write_json("model.safetensors.index.json", &index)?;
     }
     staged.write_json("config.json", &config.to_json(main_dtype(tensors).torch_dtype()))?;
-    staged.write_json("generation_config.json", &generation_config(config))?;
+    staged.write_json(generation::FILE, &generation::to_json(config))?;
     for (name, contents) in files {
         staged.write_file(name, contents)?;
     }
@@ -124,16 +124,6 @@ fn main_dtype(tensors: &[SaveTensor]) -> StoredType {
 
 fn byte_length(tensor: &SaveTensor) -> u64 {
     tensor.shape.iter().map(|&n| n as u64).product::<u64>() * tensor.dtype.block_bytes() as u64
-}
-
-fn generation_config(config: &LlamaConfig) -> Value {
-    let whole = config.to_json("float32");
-    let names = ["bos_token_id", "eos_token_id", "pad_token_id"];
-    let mut value = json!({"_from_model_config": true});
-    for name in names.into_iter().filter(|&name| !whole[name].is_null()) {
-        value[name] = whole[name].clone();
-    }
-    value
 }
 
 /// The tensors must be exactly the configuration's parameters.

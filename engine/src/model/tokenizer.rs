@@ -1,6 +1,6 @@
 //! Text to token ids and back, around the `tokenizers` crate: `tokenizer.json` of a Hugging Face
-//! folder, or the metadata of a GGUF file (`tokenizer/from_gguf.rs`). Not here: chat templates,
-//! which are only handed out.
+//! folder, or the metadata of a GGUF file (`tokenizer/from_gguf.rs`). Not here: which chat template
+//! is taken (`tokenizer/templates.rs`), and what it prints (`chat.rs`).
 //!
 //! Supported are the two kinds that Llama models use: byte-level BPE, and SentencePiece BPE with
 //! byte fallback. In both every token stands for fixed bytes, so decoding is joining bytes, and a
@@ -11,9 +11,9 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use super::chat::{CHATML, ChatTemplate};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
+use super::gguf::ends::Ends;
 use super::gguf::split::Parts;
 use super::gguf::write::Meta;
 use super::weights::source::{Source, locate, read_capped};
@@ -21,20 +21,22 @@ use crate::{Error, Result};
 
 mod bytes;
 mod check;
+mod ends;
 mod fim;
 mod from_gguf;
 mod settings;
 mod splitting;
+mod templates;
 mod to_gguf;
 
 use bytes::Scheme;
 pub use fim::{FIM_NAMES, Fim, FimOrder};
-use settings::{add_ends, default_settings, ends_to_add, template_of};
+use settings::{add_ends, default_settings};
 
 /// Largest `tokenizer.json` in bytes; Llama 3's has 17 MB. Parsing takes up to 40 times the file's
 /// size.
 const MAX_TOKENIZER_BYTES: u64 = 32 << 20;
-/// Largest `tokenizer_config.json` or `chat_template.jinja` in bytes.
+/// Largest `tokenizer_config.json` or chat template in bytes.
 const MAX_SETTINGS_BYTES: u64 = 8 << 20;
 /// Names that models give to the token of a masked position; the first is Stable-DiffCoder's.
 const MASK_NAMES: [&str; 4] = ["<[MASK_TOKEN]>", "<mask>", "[MASK]", "<|mask|>"];
@@ -49,7 +51,10 @@ pub struct Tokenizer {
     /// Whether encoding prepended a space to the text, which decoding takes away.
     strip_space: bool,
     mask_token_id: Option<u32>,
-    chat_template: Option<String>,
+    /// Put before a conversation whose template does not write it.
+    chat_bos: Option<u32>,
+    /// By name; the one that is taken, unless another is asked for, is called `default`.
+    chat_templates: Vec<(String, String)>,
     /// Contents of `tokenizer_config.json`.
     settings: Value,
 }
@@ -75,7 +80,7 @@ impl Tokenizer {
     }
 
     /// The tokenizer in `dir/tokenizer.json`, with `tokenizer_config.json` and
-    /// `chat_template.jinja` where present.
+    /// `chat_template.jinja` and `additional_chat_templates/` where present.
     pub fn from_folder(dir: &Path, config: &LlamaConfig) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = read_capped(&path, MAX_TOKENIZER_BYTES)?;
@@ -85,7 +90,7 @@ impl Tokenizer {
         let mut json: Value = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
         drop(bytes);
         check::sanitise(&path, &mut json)?;
-        let mut inner: tokenizers::Tokenizer = serde::Deserialize::deserialize(&json)
+        let inner: tokenizers::Tokenizer = serde::Deserialize::deserialize(&json)
             .map_err(|e: serde_json::Error| wrong(e.to_string()))?;
         check::check_ids(&path, &json, &inner)?;
         drop(json);
@@ -99,16 +104,11 @@ impl Tokenizer {
         if !settings.is_object() {
             return Err(Error::model(&settings_path, "the top level is not an object"));
         }
-        let template_path = dir.join("chat_template.jinja");
-        if template_path.exists() {
-            let text = String::from_utf8(read_capped(&template_path, MAX_SETTINGS_BYTES)?)
-                .map_err(|_| Error::model(&template_path, "not UTF-8"))?;
-            settings["chat_template"] = Value::String(text);
+        if let Some(templates) = templates::in_files(dir)? {
+            settings["chat_template"] = templates;
         }
-        if inner.get_post_processor().is_none() {
-            let (bos, eos) = ends_to_add(&settings, config, &inner);
-            add_ends(&path, &mut inner, bos, eos)?;
-        }
+        // What is put around a text is the post-processor's to say: beside a tokenizer.json, transformers (5.24) passes
+        // over add_bos_token and add_eos_token of tokenizer_config.json.
         Self::assemble(&path, inner, settings, config)
     }
 
@@ -116,27 +116,15 @@ impl Tokenizer {
     /// Where `tokenizer.ggml.pre` is missing, llama.cpp's default splitting is taken, as llama.cpp does.
     pub fn from_gguf(path: &Path, gguf: &Gguf, config: &LlamaConfig) -> Result<Self> {
         let mut inner = from_gguf::build(path, gguf)?;
-        let id = |key: &str| -> Result<Option<u32>> {
-            Ok(gguf.u64(key)?.and_then(|id| u32::try_from(id).ok()))
-        };
-        let sentencepiece = gguf.text("tokenizer.ggml.model")? == Some("llama");
-        let llama3 =
-            matches!(gguf.text("tokenizer.ggml.pre")?, Some("llama-bpe" | "llama3" | "llama-v3"));
-        let bos =
-            match gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(sentencepiece || llama3) {
-                true => id("tokenizer.ggml.bos_token_id")?.or(Some(1).filter(|_| sentencepiece)),
-                false => None,
-            };
-        let eos = match gguf.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false) {
-            true => id("tokenizer.ggml.eos_token_id")?,
-            false => None,
-        };
-        add_ends(path, &mut inner, bos, eos)?;
+        let ends = Ends::read(gguf)?;
+        let eos = ends.eos.filter(|_| ends.add_eos);
+        add_ends(path, &mut inner, ends.bos.filter(|_| ends.add_bos), eos)?;
         let mut settings = default_settings(&inner, config);
         if let Some(template) = gguf.text("tokenizer.chat_template")? {
             settings["chat_template"] = json!(template);
         }
-        Self::assemble(path, inner, settings, config)
+        let chat_bos = ends.bos.filter(|_| ends.add_chat_bos);
+        Ok(Self { chat_bos, ..Self::assemble(path, inner, settings, config)? })
     }
 
     fn assemble(
@@ -181,12 +169,13 @@ impl Tokenizer {
             }
         }
         let named_mask = MASK_NAMES.iter().find_map(|name| inner.token_to_id(name));
-        let chat_template = template_of(&settings);
+        let chat_templates = templates::in_settings(&settings);
         Ok(Self {
             pieces,
             strip_space: scheme.strip_space,
             mask_token_id: config.mask_token_id.or(named_mask),
-            chat_template,
+            chat_bos: None,
+            chat_templates,
             settings,
             plain: OnceLock::new(),
             inner,
@@ -210,6 +199,16 @@ impl Tokenizer {
     /// also adds the begin and end tokens that the model was trained with, if any.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         ids_of(&self.inner, text, add_special)
+    }
+
+    /// Token ids of a conversation that a chat template has written: special tokens are recognised, and none is added but
+    /// the one that a GGUF file puts before every text, where the template does not write it.
+    pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, false)?;
+        if let Some(bos) = self.chat_bos.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
     }
 
     /// Token ids of a text that is data, a file's: special tokens that it spells out become ordinary ones, and none is
@@ -273,18 +272,6 @@ impl Tokenizer {
         self.mask_token_id
     }
 
-    /// The model's Jinja chat template, as written.
-    pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
-    }
-
-    /// The compiled chat template: the tokenizer's own, else ChatML if it has ChatML's tokens, else `None`.
-    pub fn chat(&self) -> Result<Option<ChatTemplate>> {
-        let chatml = ["<|im_start|>", "<|im_end|>"].iter().all(|t| self.token_id(t).is_some());
-        let template = self.chat_template().or(chatml.then_some(CHATML));
-        template.map(|template| ChatTemplate::new(template, &self.settings)).transpose()
-    }
-
     /// The text of a `tokenizer.json`.
     pub fn to_json(&self) -> Result<String> {
         self.inner
@@ -294,7 +281,14 @@ impl Tokenizer {
 
     /// Name and contents of the files that make up the tokenizer in a Hugging Face folder.
     pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let settings = format!("{:#}\n", self.settings).into_bytes();
+        let mut settings = self.settings.clone();
+        // In a folder a conversation begins with what its template writes and with nothing else.
+        if let (Some(template), Some(_), false) =
+            (self.chat_template(), self.chat_bos, self.template_begins()?)
+        {
+            settings["chat_template"] = json!(format!("{{{{ bos_token }}}}{template}"));
+        }
+        let settings = format!("{settings:#}\n").into_bytes();
         let tokenizer = self.to_json()?.into_bytes();
         Ok(vec![
             ("tokenizer.json".to_owned(), tokenizer),

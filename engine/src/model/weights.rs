@@ -17,6 +17,7 @@ use memmap2::Mmap;
 use super::config::LlamaConfig;
 use super::gguf::llama::{self, ROPE_FREQS, RowOrder};
 use super::gguf::split::Parts;
+use super::lora::{EMBEDDING, HEAD};
 use crate::{Error, Result};
 
 mod block32;
@@ -75,7 +76,7 @@ impl Weights {
     }
 
     fn open_folder(dir: &Path) -> Result<(LlamaConfig, Self)> {
-        let config = LlamaConfig::read(dir)?;
+        let mut config = LlamaConfig::read(dir)?;
         let single = dir.join("model.safetensors");
         let mut found = vec![];
         let mut files = vec![];
@@ -97,6 +98,9 @@ impl Weights {
                 }
             }
         }
+        if config.tie_word_embeddings {
+            settle_tie(&mut config, &files, &mut found)?;
+        }
         let weights = Self::matched(dir, &config, files, found)?;
         Ok((config, weights))
     }
@@ -106,14 +110,16 @@ impl Weights {
         let mut found = vec![];
         let gguf = parts.gguf()?;
         let config = llama::config(&gguf)?;
+        let architecture = gguf.text("general.architecture")?.unwrap_or_default();
         for tensor in gguf.tensors().iter().filter(|tensor| tensor.name != ROPE_FREQS) {
-            let Some((name, order)) = llama::hf_name(tensor.name, &config) else {
+            let Some(name) = llama::hf_name(tensor.name) else {
                 let reason = format!(
                     "tensor {:?} belongs to no plain Llama; this architecture is not supported",
                     tensor.name
                 );
                 return Err(Error::model(path, reason));
             };
+            let order = llama::row_order(&name, architecture, &config);
             let (dtype, shape) = (Ok(tensor.dtype), tensor.shape.clone());
             let (file, start) = (tensor.file, tensor.start);
             found.push(Found { name, dtype, shape, file, start, order });
@@ -130,13 +136,11 @@ impl Weights {
         found: Vec<Found>,
     ) -> Result<Self> {
         let expected: HashMap<String, Vec<usize>> = config.parameters().into_iter().collect();
-        let embedding = [config.vocab_size, config.hidden_size];
         let mut tensors = HashMap::new();
         for Found { name, dtype, shape, file, start, order } in found {
             let Some(right) = expected.get(&name) else {
-                // Old checkpoints carry the frequencies; some tied ones a copy of the embedding.
-                let copy = name == "lm_head.weight" && shape == embedding;
-                if name.ends_with(".rotary_emb.inv_freq") || copy {
+                // Old checkpoints carry the frequencies.
+                if name.ends_with(".rotary_emb.inv_freq") {
                     continue;
                 }
                 let reason = format!(
@@ -271,6 +275,32 @@ impl Weights {
             None => panic!("{}: no parameter is named {name:?}", self.path.display()),
         }
     }
+}
+
+/// What a folder that says its head is tied to its embedding holds, read as transformers reads it: a head with values
+/// of its own wins, a copy is left out, and a head alone is the embedding too.
+fn settle_tie(config: &mut LlamaConfig, files: &[Mmap], found: &mut Vec<Found>) -> Result<()> {
+    let place = |name: &str| found.iter().position(|tensor| tensor.name == name);
+    let Some(head) = place(HEAD) else { return Ok(()) };
+    let Some(embedding) = place(EMBEDDING) else {
+        found[head].name = EMBEDDING.into();
+        return Ok(());
+    };
+    let (a, b) = (&found[head], &found[embedding]);
+    let same = a.shape == b.shape && a.dtype == b.dtype && {
+        let bytes = |tensor: &Found| -> &[u8] {
+            let elements: usize = tensor.shape.iter().product();
+            let length = tensor.dtype.as_ref().map_or(0, |t| elements * t.block_bytes());
+            &files[tensor.file][tensor.start..][..length]
+        };
+        bytes(a) == bytes(b)
+    };
+    if same {
+        found.remove(head);
+    } else {
+        config.tie_word_embeddings = false;
+    }
+    Ok(())
 }
 
 /// Maps one safetensors file as number `file`, and adds its tensors to `found`.

@@ -94,6 +94,9 @@ pub struct Lane {
     pub prefix: (usize, usize),
     /// Slot of the token behind the prefix.
     pub slot: usize,
+    /// Tokens of the text that the rotary frequencies go by, of models where they depend on it; 0 for those up to the
+    /// last row.
+    pub length: usize,
 }
 
 impl Lane {
@@ -122,6 +125,8 @@ pub struct Lanes {
     most_rows: usize,
     /// Slots that are reached.
     slots: usize,
+    /// Rows of each sequence, and tokens of its text that the rotary frequencies go by.
+    lengths: Vec<(usize, usize)>,
     /// Pieces of the keys that are worked on side by side. A fixed number, because another one is another order of
     /// sums, and a sequence's numbers should not depend on its company.
     pieces: usize,
@@ -142,7 +147,7 @@ impl Lanes {
             places.extend(
                 (lane.position..lane.end()).flat_map(|at| [at as u32, lane.slot_of(at) as u32]),
             );
-            let Lane { row, rows, position, block, prefix, slot } = *lane;
+            let Lane { row, rows, position, block, prefix, slot, .. } = *lane;
             table.extend(
                 [row, rows, position, block, prefix.0, prefix.1, slot, 0].map(|n| n as u32),
             );
@@ -155,6 +160,7 @@ impl Lanes {
             rows,
             most_rows: lanes.iter().map(|lane| lane.rows).max().unwrap_or(0),
             slots: lanes.iter().map(reached).max().unwrap_or(0),
+            lengths: lanes.iter().map(|lane| (lane.rows, lane.length.max(lane.end()))).collect(),
             pieces: if gpu.adapter().is_software() { 1 } else { PIECES },
         }
     }
@@ -168,6 +174,11 @@ impl Lanes {
     /// Position and slot of each row: u32 [R, 2].
     pub fn places(&self) -> &Tensor {
         &self.places
+    }
+
+    /// Rows of each sequence, and tokens of its text that the rotary frequencies go by.
+    pub fn lengths(&self) -> &[(usize, usize)] {
+        &self.lengths
     }
 
     /// Slots that are reached.
@@ -200,6 +211,8 @@ struct Params {
     scale: f32,
     rows: u32,
     splits: u32,
+    /// 0, for `weigh`.
+    zero: f32,
 }
 
 /// See the module's page. Gradients flow into q, k and v.
@@ -328,6 +341,7 @@ impl Call {
             scale: 1.0 / (h as f32).sqrt(),
             rows: (batch * tq * heads) as u32,
             splits: 1,
+            zero: 0.0,
         };
         let shared = (heads / kv_heads) as u32;
         let spans = options.spans.clone();

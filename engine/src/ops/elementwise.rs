@@ -25,15 +25,15 @@ const UNARY_TABLE: [[&str; 3]; 11] = [
     ["log", "log(x)", "1.0 / x"],
     ["sqrt", "sqrt(x)", "0.5 / sqrt(x)"],
     ["recip", "1.0 / x", "-1.0 / (x * x)"],
-    ["tanh", "tanh(clamp(x, -15.0, 15.0))", TANH_BACKWARD],
+    ["tanh", "or_nan(x, tanh(clamp(x, -15.0, 15.0)))", TANH_BACKWARD],
     ["sigmoid", SIGMOID, SIGMOID_BACKWARD],
     ["silu", "x / (1.0 + exp(min(-x, 80.0)))", SILU_BACKWARD],
-    ["relu", "max(x, 0.0)", "select(0.0, 1.0, x > 0.0)"],
+    ["relu", "or_nan(x, max(x, 0.0))", "select(0.0, 1.0, x > 0.0)"],
     ["square", "x * x", "2.0 * x"],
 ];
 const TANH_BACKWARD: &str =
     "4.0 * exp(-2.0 * abs(x)) / ((1.0 + exp(-2.0 * abs(x))) * (1.0 + exp(-2.0 * abs(x))))";
-const SIGMOID: &str = "1.0 / (1.0 + exp(min(-x, 80.0)))";
+const SIGMOID: &str = "or_nan(x, 1.0 / (1.0 + exp(min(-x, 80.0))))";
 const SIGMOID_BACKWARD: &str = "1.0 / ((1.0 + exp(min(-x, 40.0))) * (1.0 + exp(min(x, 40.0))))";
 const SILU_BACKWARD: &str = "(1.0 + x / (1.0 + exp(min(x, 80.0)))) / (1.0 + exp(min(-x, 80.0)))";
 
@@ -43,7 +43,12 @@ const BINARY_TABLE: [[&str; 4]; 5] = [
     ["sub", "a - b", "1.0", "-1.0"],
     ["mul", "a * b", "b", "a"],
     ["div", "a / b", "1.0 / b", "-a / (b * b)"],
-    ["maximum", "max(a, b)", "select(0.0, 1.0, a >= b)", "select(1.0, 0.0, a >= b)"],
+    [
+        "maximum",
+        "or_nan(a, or_nan(b, max(a, b)))",
+        "select(0.0, 1.0, a >= b)",
+        "select(1.0, 0.0, a >= b)",
+    ],
 ];
 
 /// The kernels of each row: f, then its derivatives.

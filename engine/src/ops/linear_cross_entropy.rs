@@ -79,14 +79,14 @@ fn linear_cross_entropy_in_chunks(
         let logits = head.logits(chunk);
         let (n, wide) = pieces(chunk.len);
         let (columns, first) = (chunk.len as u32, chunk.first as u32);
-        let params = ChunkParams { rows: r as u32, pieces: n as u32, columns, first };
+        let params = ChunkParams { rows: r as u32, pieces: n as u32, columns, first, zero: 0.0 };
         let constants = [row_lanes(gpu, chunk.len), wide];
         CHUNK.with(&constants).run(&params, &[&logits, targets], &[&head.state], fold(r));
         kept = (chunks.len() == 1).then_some(logits);
     }
     let per_row = Tensor::empty(gpu, [r], DType::F32, op);
     let loss = Tensor::zeros(gpu, [1], DType::F32, op);
-    let params = LossParams { rows: r as u32, scale: 1.0 / supervision.divisor };
+    let params = LossParams { rows: r as u32, scale: 1.0 / supervision.divisor, zero: 0.0 };
     LOSS.run(&params, &[&head.state, weights], &[&per_row, &loss], [1, 1, 1]);
     let shape = x.shape().clone();
     let tracked: Vec<bool> = weight.iter().map(Tensor::is_tracked).collect();
@@ -199,6 +199,8 @@ struct ChunkParams {
     pieces: u32,
     columns: u32,
     first: u32,
+    /// 0, which compilers do not know.
+    zero: f32,
 }
 
 #[repr(C)]
@@ -206,6 +208,8 @@ struct ChunkParams {
 struct LossParams {
     rows: u32,
     scale: f32,
+    /// 0, which compilers do not know.
+    zero: f32,
 }
 
 #[repr(C)]

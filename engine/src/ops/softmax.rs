@@ -15,6 +15,7 @@ const BACKWARD: Kernel = kernel!("softmax_backward");
 struct Params {
     rows: u32,
     columns: u32,
+    zero: f32,
 }
 
 /// Softmax of each row.
@@ -26,7 +27,7 @@ pub fn softmax(x: &Tensor) -> Tensor {
     assert_eq!(x.dtype(), DType::F32, "softmax of {}", x.shape());
     assert!(!x.shape().is_empty(), "softmax of a scalar");
     let [rows, columns] = x.shape().matrix();
-    let params = Params { rows: rows as u32, columns: columns as u32 };
+    let params = Params { rows: rows as u32, columns: columns as u32, zero: 0.0 };
     let y = x.empty_like("softmax");
     FORWARD.with(&[row_lanes(x.gpu(), columns)]).run(&params, &[x], &[&y], fold(rows));
     let kept = y.detach();

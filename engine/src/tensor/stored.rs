@@ -59,6 +59,13 @@ pub(crate) struct Q4Block {
     pub q: [u8; QUANT_BLOCK],
 }
 
+/// −0, or NaN if a value is not finite: added to a block's scale, it changes nothing, or makes the whole block tell of it.
+pub(crate) fn broken(values: &[f32]) -> f32 {
+    // Whole numbers, so that the compiler may take many at a time.
+    let most = values.iter().fold(0, |most, v| (v.to_bits() & !(1 << 31)).max(most));
+    if most < f32::INFINITY.to_bits() { -0.0 } else { f32::NAN }
+}
+
 pub(crate) fn q8_of(values: &[f32; QUANT_BLOCK]) -> Q8Block {
     // In eight lanes, which the compiler may not make of one on its own.
     let mut most = [0.0f32; 8];
@@ -66,7 +73,7 @@ pub(crate) fn q8_of(values: &[f32; QUANT_BLOCK]) -> Q8Block {
         most.iter_mut().zip(eight).for_each(|(most, v)| *most = most.max(v.abs()));
     }
     let most = most.into_iter().fold(0.0, f32::max);
-    let d = f16::from_f32(most / 127.0);
+    let d = f16::from_f32(most / 127.0 + broken(values));
     let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
     let mut q = [0; QUANT_BLOCK];
     q.iter_mut().zip(values).for_each(|(q, v)| *q = level(v * inverse, -127.0, 127.0) as i8);
@@ -76,7 +83,7 @@ pub(crate) fn q8_of(values: &[f32; QUANT_BLOCK]) -> Q8Block {
 pub(crate) fn q4_of(values: &[f32; QUANT_BLOCK]) -> Q4Block {
     let low = values.iter().copied().fold(f32::INFINITY, f32::min);
     let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let (d, m) = (f16::from_f32((high - low) / 15.0), f16::from_f32(low));
+    let (d, m) = (f16::from_f32((high - low) / 15.0 + broken(values)), f16::from_f32(low));
     let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
     let least = m.to_f32();
     let mut q = [0; QUANT_BLOCK];
@@ -149,6 +156,21 @@ mod tests {
             let worst = values.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst <= bound, "{dtype:?}: {worst}");
             assert_eq!(back.len(), values.len());
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut values = [0.5; 64];
+            values[40] = value;
+            for dtype in [DType::F32, DType::F16, DType::Bf16, DType::Q8, DType::Q4] {
+                let back = decode(&encode(&values, 64, dtype), 64, dtype);
+                assert!(
+                    !back[40].is_finite() && back[..32].iter().all(|v| v.is_finite()),
+                    "{dtype:?}"
+                );
+            }
         }
     }
 

@@ -7,6 +7,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:?usage: make.sh OUT [ARGUMENT OF demask data build]...}
 shift
 demask=${DEMASK:-demask}
+command -v "$demask" > /dev/null ||
+    { echo "make.sh: no $demask on PATH; cargo build --release makes it, DEMASK names it" >&2; exit 2; }
 
 "$here/fetch.sh" "$out"
 [[ -f $out/sft/edits.jsonl ]] || "$here/sft.py" "$out"

@@ -13,10 +13,11 @@ use anyhow::{Context, Result, bail, ensure};
 use demask_engine::philox::Philox;
 use serde::{Deserialize, Serialize};
 
+use super::Content;
 use super::contamination::Contamination;
 use super::filter::{Reason, Report};
 use super::fnv1a;
-use super::read::{LOT, Part, parts};
+use super::read::{LOT, LeftOut, Part, parts};
 use super::recipe::{CorpusRecipe, Format};
 use super::sample::Vocabulary;
 use super::shards::{Dataset, Manifest, Shard, SourceManifest, VERSION, Writer};
@@ -42,6 +43,8 @@ struct Note {
     bytes: u64,
     fingerprint: (u64, u64),
     verdict: Verdict,
+    /// What is at fault in it, where the reason does not say.
+    what: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,8 +82,11 @@ fn build_in_lots(
     hear: Hear<'_>,
     lot_bytes: u64,
 ) -> Result<Dataset> {
+    let mut recipe = recipe.clone();
+    recipe.recognise()?;
     recipe.check()?;
-    let chat = recipe.source.iter().any(|s| s.format != Format::Text);
+    let recipe = &recipe;
+    let chat = recipe.source.iter().any(|s| s.format() != Format::Text);
     vocabulary.check(recipe.fim_rate > 0.0, chat)?;
     let mut reports = vec![Report::default(); recipe.source.len()];
     let parts = parts(recipe, &mut reports, lot_bytes)?;
@@ -118,7 +124,8 @@ fn build_in_lots(
         let mine = || written.iter().zip(&parts).filter(move |(_, part)| part.source == i);
         SourceManifest {
             name: source.name.clone(),
-            whole: source.format != Format::Text,
+            whole: source.format() != Format::Text,
+            format: source.format(),
             weight: source.weight,
             train: mine().filter_map(|(w, _)| w.train.clone()).collect(),
             held_out: mine().filter_map(|(w, _)| w.held_out.clone()).collect(),
@@ -130,6 +137,7 @@ fn build_in_lots(
         fingerprint,
         vocab_size: vocabulary.size,
         eos: vocabulary.eos,
+        end_of_turn: vocabulary.end_of_turn.filter(|_| chat),
         sources: sources.collect(),
     };
     let tokenizer = out.join("tokenizer");
@@ -245,26 +253,33 @@ fn survey(
     let mut notes = Vec::new();
     part.read(&recipe.source[part.source], &mut |found| {
         notes.push(match found {
-            Err((reason, name, bytes)) => Note {
+            Err(LeftOut { reason, what, name, bytes }) => Note {
                 name,
                 package: String::new(),
                 bytes,
                 fingerprint: (0, 0),
                 verdict: Verdict::Drop(reason),
+                what,
             },
             Ok(document) => {
-                let texts = document.content.texts();
-                let touches = |t: &str| contamination.is_some_and(|c| c.touches(t));
-                let spoofed = || vocabulary.is_spoofed(&document.content);
+                let mut what = None;
                 // Filters about lines are for code that someone wrote; a prompt may be anything but empty.
-                let refused = match texts[..] {
-                    [text] => recipe.filter.refuses(text),
-                    _ if texts.iter().any(|t| t.trim().is_empty()) => Some(Reason::Empty),
-                    _ if document.content.bytes() > recipe.filter.max_bytes => {
+                let refused = match &document.content {
+                    Content::Text(text) => recipe.filter.refuses(text),
+                    Content::Chat(chat) if chat.has_empty_turn() => Some(Reason::Empty),
+                    Content::Chat(_) if document.content.bytes() > recipe.filter.max_bytes => {
                         Some(Reason::TooLarge)
                     }
-                    _ => spoofed().then_some(Reason::SpecialToken),
+                    Content::Chat(chat) if vocabulary.is_spoofed(chat) => {
+                        Some(Reason::SpecialToken)
+                    }
+                    Content::Chat(chat) => {
+                        what = vocabulary.without_place(chat);
+                        what.is_some().then_some(Reason::NoPlace)
+                    }
                 };
+                let texts = document.content.texts();
+                let touches = |t: &str| contamination.is_some_and(|c| c.touches(t));
                 let refused = refused
                     .or_else(|| texts.iter().any(|t| touches(t)).then_some(Reason::Contaminated));
                 Note {
@@ -273,6 +288,7 @@ fn survey(
                     verdict: refused.map_or(Verdict::Train, Verdict::Drop),
                     name: document.name,
                     package: document.package,
+                    what,
                 }
             }
         });
@@ -321,7 +337,9 @@ fn select(recipe: &CorpusRecipe, parts: &[Part], notes: &mut [Vec<Note>], report
         hold_out(&mut mine, recipe.held_out, recipe.seed);
         for note in mine {
             match note.verdict {
-                Verdict::Drop(reason) => reports[i].drop(reason, note.bytes),
+                Verdict::Drop(reason) => {
+                    reports[i].drop_for(reason, note.what.as_deref(), note.bytes)
+                }
                 Verdict::Train | Verdict::HeldOut => reports[i].keep(note.bytes),
             }
         }
@@ -381,9 +399,12 @@ fn write_dropped(
         for note in notes {
             if let Verdict::Drop(reason) = note.verdict {
                 let source = &recipe.source[part.source].name;
-                let line = serde_json::json!({
-                    "source": source, "name": note.name, "bytes": note.bytes, "reason": reason,
+                let mut line = serde_json::json!({
+                    "name": note.name, "reason": reason, "bytes": note.bytes, "source": source,
                 });
+                if let Some(what) = &note.what {
+                    line["what"] = what.as_str().into();
+                }
                 lines += &format!("{line}\n");
             }
         }

@@ -33,7 +33,7 @@ fn vocabulary() -> (Vocabulary, Tokenizer) {
 
 fn source(name: &str, paths: &[PathBuf], format: Format) -> SourceRecipe {
     let base = CorpusRecipe::of_paths(paths, &["py".into()]).source.remove(0);
-    SourceRecipe { name: name.into(), format, ..base }
+    SourceRecipe { name: name.into(), format: Some(format), ..base }
 }
 
 fn recipe(root: &Path) -> CorpusRecipe {
@@ -116,7 +116,8 @@ fn each_filter_drops_its_document_and_says_so() {
     let [text, chat] = [0, 1].map(|i| &dataset.manifest.sources[i].report);
     for (reason, _) in REASONS {
         let expected = match reason {
-            Reason::Symlink | Reason::NoText | Reason::SpecialToken | Reason::SourceFull => 0,
+            Reason::Symlink | Reason::NoText | Reason::NotText | Reason::NoPlace => 0,
+            Reason::SpecialToken | Reason::SourceFull => 0,
             Reason::Extension => 2,
             _ => 1,
         };
@@ -155,7 +156,7 @@ fn errors_name_the_place_and_the_remedy() {
     let (vocabulary, _) = vocabulary();
     let fails = |path: &Path, format| {
         let mut recipe = recipe(path);
-        recipe.source[0].format = format;
+        recipe.source[0].format = Some(format);
         let out = folder.path().join("out");
         format!("{:#}", build(&recipe, &vocabulary, &out, &|_| true).err().unwrap())
     };
@@ -396,4 +397,87 @@ fn a_dataset_is_reused_only_with_the_same_evaluation_sets() {
     assert!(error.contains("evaluation set"), "{error}");
     fs::remove_dir_all(&out).unwrap();
     assert_eq!(built(&["eval.jsonl"]).unwrap(), 1);
+}
+
+/// Builds a dataset of one JSONL file by its columns alone, with the tokenizer's template replaced if one is given.
+fn built(
+    folder: &Path,
+    rows: &[serde_json::Value],
+    template: Option<&str>,
+) -> (Result<Dataset>, Tokenizer) {
+    let lines: Vec<String> = rows.iter().map(serde_json::Value::to_string).collect();
+    write(folder, "chat.jsonl", lines.join("\n"));
+    let (vocabulary, tokenizer) = vocabulary();
+    let (vocabulary, tokenizer) = match template {
+        None => (vocabulary, tokenizer),
+        Some(template) => {
+            let place = folder.join("tokenizer");
+            fs::create_dir_all(&place).unwrap();
+            tokenizer.save(&place).unwrap();
+            write(&place, "chat_template.jinja", template);
+            let config = crate::recipe::Fresh::default().config(263, Some(0), Some(1));
+            (Vocabulary::open(&place).unwrap(), Tokenizer::from_folder(&place, &config).unwrap())
+        }
+    };
+    let recipe =
+        CorpusRecipe { held_out: 0.0, ..CorpusRecipe::of_paths(&[folder.join("chat.jsonl")], &[]) };
+    (build(&recipe, &vocabulary, &folder.join("out"), &|_| true), tokenizer)
+}
+
+#[test]
+fn what_a_template_has_no_place_for_is_refused_by_name() {
+    let said = |role: &str, content: &str| json!({"role": role, "content": content});
+    let call = json!([{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]);
+    let calling = json!({"role": "assistant", "content": "Let me see.", "tool_calls": call});
+    let talk = [said("user", "q"), calling, said("tool", "7"), said("assistant", "It is 7.")];
+    let thought = json!({"role": "assistant", "content": "a", "reasoning_content": "hm"});
+    let rows = [
+        json!({"messages": talk}),
+        json!({"messages": [said("user", "p"), thought]}),
+        json!({"messages": [said("user", "r"), said("assistant", "b")]}),
+        json!({"messages": [said("user", "s"), said("assistant", " ")]}),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let (dataset, tokenizer) = built(folder.path(), &rows, None);
+    let dataset = dataset.unwrap();
+    let report = &dataset.manifest.sources[0].report;
+    assert_eq!((report.documents, dropped(report, Reason::NoPlace)), (1, 2), "{report}");
+    assert_eq!(dropped(report, Reason::Empty), 1);
+    let line = "no place in the chat template for: reasoning_content, tool_calls";
+    assert!(report.to_string().contains(line), "{report}");
+    let listed = fs::read_to_string(folder.path().join("out/dropped.jsonl")).unwrap();
+    assert!(listed.contains(r#""reason":"no_place""#), "{listed}");
+    assert!(listed.contains(r#""what":"tool_calls""#), "{listed}");
+    assert_eq!(dataset.manifest.end_of_turn, tokenizer.token_id("<|im_end|>"));
+
+    // One that prints them, and the role tool only as the first of the two does.
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.reasoning_content }}{{ m.content }}\
+        {% for c in m.tool_calls %}[{{ c.function.name }} {{ c.function.arguments.x }}]{% endfor %}<|im_end|>\n\
+        {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let folder = tempfile::tempdir().unwrap();
+    let (dataset, tokenizer) = built(folder.path(), &rows[..1], Some(template));
+    let expected = "⟨<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟩Let me see.[f 1]<|im_end|>\n\
+        ⟨<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n⟩It is 7.<|im_end|>\n";
+    assert_eq!(texts(&dataset.unwrap(), &tokenizer, false), [expected]);
+    let silent =
+        template.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}");
+    let folder = tempfile::tempdir().unwrap();
+    let (dataset, _) = built(folder.path(), &rows[..1], Some(&silent));
+    let error = dataset.err().unwrap().to_string();
+    assert!(error.contains("no place in the chat template for: role tool"), "{error}");
+}
+
+#[test]
+fn of_a_prompt_that_is_a_conversation_nothing_is_learnt() {
+    let said = |role: &str, content: &str| json!({"role": role, "content": content});
+    let prompt = [said("user", "q"), said("assistant", "a"), said("user", "r")];
+    let folder = tempfile::tempdir().unwrap();
+    let rows = [json!({"prompt": prompt, "completion": [said("assistant", "b")]})];
+    let (dataset, tokenizer) = built(folder.path(), &rows, None);
+    let dataset = dataset.unwrap();
+    let turn = |role: &str, text: &str| format!("<|im_start|>{role}\n{text}<|im_end|>\n");
+    let given = turn("user", "q") + &turn("assistant", "a") + &turn("user", "r");
+    let expected = format!("⟨{given}<|im_start|>assistant\n⟩b<|im_end|>\n");
+    assert_eq!(texts(&dataset, &tokenizer, false), [expected]);
+    assert_eq!(dataset.manifest.sources[0].name, "prompt_response");
 }

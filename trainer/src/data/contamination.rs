@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::read::json_lines;
+use super::rows::json_rows;
 use super::{fnv1a, recipe::Decontaminate};
 
 /// Every run of n words of the evaluation sets, by hash.
@@ -20,9 +20,9 @@ impl Contamination {
         let mut all = Contamination { words: settings.words, runs: HashSet::new() };
         for path in &settings.against {
             let before = all.runs.len();
-            json_lines(path, &mut |value, _| {
+            json_rows(path, &mut |value, _| {
                 all.add(&value);
-                Ok(())
+                Ok(true)
             })?;
             ensure!(
                 all.runs.len() > before,

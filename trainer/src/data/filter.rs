@@ -1,5 +1,6 @@
 //! Which documents are left out, and the count of them by reason.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -92,6 +93,10 @@ pub enum Reason {
     NotUtf8,
     /// A line or row without the columns of its format.
     NoText,
+    /// A part of a message is no text: an image, say.
+    NotText,
+    /// The chat template prints nothing of what a message holds, such as a tool's call.
+    NoPlace,
     /// Nothing but whitespace.
     Empty,
     /// A line over the cap.
@@ -113,13 +118,15 @@ pub enum Reason {
 }
 
 /// Every reason with its wording; a reason's discriminant is its index here.
-pub(super) const REASONS: [(Reason, &str); 15] = [
+pub(super) const REASONS: [(Reason, &str); 17] = [
     (Reason::Symlink, "symbolic link"),
     (Reason::Folder, "folder passed over"),
     (Reason::Extension, "other extension"),
     (Reason::TooLarge, "too large"),
     (Reason::NotUtf8, "not UTF-8"),
     (Reason::NoText, "without the columns of its format"),
+    (Reason::NotText, "a part of a message that is no text"),
+    (Reason::NoPlace, "no place in the chat template for"),
     (Reason::Empty, "empty"),
     (Reason::LongLine, "a line too long"),
     (Reason::LongMeanLine, "lines too long on average"),
@@ -131,8 +138,12 @@ pub(super) const REASONS: [(Reason, &str); 15] = [
     (Reason::SourceFull, "source has its share"),
 ];
 
+/// Longest name of what is at fault, in characters, and most names of a report.
+const MOST_NAME: usize = 40;
+const MOST_NAMES: usize = 16;
+
 /// Documents left out for one reason.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dropped {
     /// The reason.
     pub reason: Reason,
@@ -140,6 +151,9 @@ pub struct Dropped {
     pub documents: usize,
     /// Their size together.
     pub bytes: u64,
+    /// What was at fault in how many of them, where the reason alone does not say.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub what: BTreeMap<String, usize>,
 }
 
 /// What was read and what was left out.
@@ -155,9 +169,11 @@ pub struct Report {
 
 impl Default for Report {
     fn default() -> Self {
-        let dropped =
-            REASONS.map(|(reason, _)| Dropped { reason, documents: 0, bytes: 0 }).to_vec();
-        Report { documents: 0, bytes: 0, dropped }
+        let dropped = REASONS.map(|(reason, _)| {
+            let what = BTreeMap::new();
+            Dropped { reason, documents: 0, bytes: 0, what }
+        });
+        Report { documents: 0, bytes: 0, dropped: dropped.to_vec() }
     }
 }
 
@@ -168,9 +184,21 @@ impl Report {
     }
 
     pub(super) fn drop(&mut self, reason: Reason, bytes: u64) {
+        self.drop_for(reason, None, bytes);
+    }
+
+    /// The same, with what was at fault in it.
+    pub(super) fn drop_for(&mut self, reason: Reason, what: Option<&str>, bytes: u64) {
         let entry = &mut self.dropped[reason as usize];
         entry.documents += 1;
         entry.bytes += bytes;
+        // The data names it, so what is kept of it is bounded.
+        let what = what.map(|what| what.chars().take(MOST_NAME).collect::<String>());
+        if let Some(what) =
+            what.filter(|w| entry.what.len() < MOST_NAMES || entry.what.contains_key(w))
+        {
+            *entry.what.entry(what).or_default() += 1;
+        }
     }
 }
 
@@ -181,7 +209,14 @@ impl fmt::Display for Report {
         };
         line("kept", self.documents, self.bytes)?;
         for d in self.dropped.iter().filter(|d| d.documents > 0) {
-            line(REASONS[d.reason as usize].1, d.documents, d.bytes)?;
+            let what: Vec<&str> = d.what.keys().map(String::as_str).collect();
+            let reason = REASONS[d.reason as usize].1;
+            let reason = if what.is_empty() {
+                reason.to_owned()
+            } else {
+                format!("{reason}: {}", what.join(", "))
+            };
+            line(&reason, d.documents, d.bytes)?;
         }
         Ok(())
     }

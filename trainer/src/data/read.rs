@@ -1,24 +1,21 @@
-//! From files to documents: directories of source code, JSONL (plain, .gz, .zst) and Parquet as Hugging Face hands
-//! them out. What comes out depends on the files alone, not on the order in which the system lists them.
+//! From files to documents: directories of source code, JSON and Parquet as Hugging Face hands them out. What comes out
+//! depends on the files alone, not on the order in which the system lists them. Not here: rows of files (`rows.rs`) and
+//! what they mean (`conversation.rs`).
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::conversation;
 use super::filter::{Filter, Reason, Report};
-use super::recipe::{CorpusRecipe, Format, SourceRecipe};
-use super::{Content, Document, Turn};
+use super::recipe::{CorpusRecipe, SourceRecipe};
+use super::rows::{Kind, file_name, json_rows, kind_of, table_rows};
+use super::{Content, Document};
 
 /// Files of a directory are handed out in lots of about this many bytes, unless asked otherwise.
 pub const LOT: u64 = 16 << 20;
-/// Longest line of JSONL.
-const MOST_LINE: u64 = 64 << 20;
-const TEXT_COLUMNS: [&str; 3] = ["content", "text", "code"];
 const PACKAGE_COLUMNS: [&str; 4] = ["source", "package", "repo_name", "max_stars_repo_name"];
 
 /// Endings of source files by language.
@@ -71,7 +68,20 @@ enum Input {
 }
 
 /// What was found at one place of an input.
-pub type Found = std::result::Result<Document, (Reason, String, u64)>;
+pub type Found = std::result::Result<Document, LeftOut>;
+
+/// A document that is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Why.
+    pub reason: Reason,
+    /// What part of it is at fault, where the reason alone does not say.
+    pub what: Option<String>,
+    /// Where it stands.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+}
 
 impl Part {
     /// What decides the content of the part: names and sizes.
@@ -102,22 +112,49 @@ impl Part {
                             package: name.split('/').next().unwrap_or(name).to_owned(),
                             content: Content::Text(text),
                         }),
-                        Err(_) => Err((Reason::NotUtf8, name.clone(), size)),
+                        Err(_) => Err(LeftOut {
+                            reason: Reason::NotUtf8,
+                            what: None,
+                            name: name.clone(),
+                            bytes: size,
+                        }),
                     })?;
                 }
                 Input::Lines(path) => {
                     let mut number = 0;
-                    json_lines(path, &mut |value, size| {
+                    json_rows(path, &mut |value, bytes| {
                         number += 1;
                         let name = format!("{}:{number}", file_name(path));
-                        hear(document(source, name, value, size))
+                        hear(document(source, name, value, bytes))?;
+                        Ok(true)
                     })?;
                 }
-                Input::Table(path) => table(path, source, hear)?,
+                Input::Table(path) => {
+                    let mut number = 0;
+                    table_rows(path, &wanted(source), &mut |row| {
+                        number += 1;
+                        let name = format!("{}:{number}", file_name(path));
+                        hear(match row {
+                            Ok((value, bytes)) => document(source, name, value, bytes),
+                            Err(bytes) => {
+                                Err(LeftOut { reason: Reason::NotUtf8, what: None, name, bytes })
+                            }
+                        })
+                    })?;
+                }
             }
         }
         Ok(())
     }
+}
+
+/// The columns that a source's rows are made of.
+fn wanted(source: &SourceRecipe) -> Vec<&str> {
+    let mut wanted = conversation::columns(source.format());
+    wanted.extend(PACKAGE_COLUMNS);
+    wanted.extend(source.text.as_deref());
+    wanted.extend(source.package.as_deref());
+    wanted
 }
 
 /// All parts of a recipe's sources, in order; files of a directory are put together to parts of about `lot_bytes`, and
@@ -159,7 +196,7 @@ pub fn parts(recipe: &CorpusRecipe, report: &mut [Report], lot_bytes: u64) -> Re
             } else {
                 let file = match kind_of(path)? {
                     Kind::Table => Input::Table(path.clone()),
-                    Kind::Lines => Input::Lines(path.clone()),
+                    Kind::Json => Input::Lines(path.clone()),
                 };
                 parts.push(Part { source: i, bytes: kind.len(), files: vec![file] });
             }
@@ -168,163 +205,21 @@ pub fn parts(recipe: &CorpusRecipe, report: &mut [Report], lot_bytes: u64) -> Re
     Ok(parts)
 }
 
-enum Kind {
-    Lines,
-    Table,
-}
-
-fn kind_of(path: &Path) -> Result<Kind> {
-    let name = file_name(path);
-    let plain = name.trim_end_matches(".gz").trim_end_matches(".zst");
-    match plain.rsplit_once('.').map(|(_, ending)| ending) {
-        Some("jsonl" | "json" | "ndjson") => Ok(Kind::Lines),
-        Some("parquet") => Ok(Kind::Table),
-        _ => Err(anyhow!(
-            "{}: neither a directory nor .jsonl, .json (also .gz, .zst) or .parquet",
-            path.display()
-        )),
-    }
-}
-
-/// Hands over each line of a JSONL file as a value, with its size.
-pub fn json_lines(path: &Path, hear: &mut dyn FnMut(Value, u64) -> Result<()>) -> Result<()> {
-    let place = || path.display().to_string();
-    let file = File::open(path).with_context(|| format!("cannot open {}", place()))?;
-    let name = file_name(path);
-    let plain: Box<dyn Read> = if name.ends_with(".gz") {
-        Box::new(flate2::read::MultiGzDecoder::new(file))
-    } else if name.ends_with(".zst") {
-        Box::new(zstd::Decoder::new(file).with_context(place)?)
-    } else {
-        Box::new(file)
+/// The document that a row holds.
+fn document(source: &SourceRecipe, name: String, value: Value, bytes: u64) -> Found {
+    let Value::Object(row) = value else {
+        return Err(LeftOut { reason: Reason::NoText, what: None, name, bytes });
     };
-    let mut reader = BufReader::with_capacity(1 << 16, plain);
-    let (mut line, mut number) = (Vec::new(), 0_u64);
-    loop {
-        line.clear();
-        number += 1;
-        let mut limited = (&mut reader).take(MOST_LINE);
-        let read = limited.read_until(b'\n', &mut line);
-        let read = read.with_context(|| format!("{} line {number}: cannot read", place()))?;
-        if read == 0 {
-            return Ok(());
-        }
-        ensure!(
-            (read as u64) < MOST_LINE,
-            "{} line {number}: longer than {} MiB; is it JSONL?",
-            place(),
-            MOST_LINE >> 20
-        );
-        if line.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        let value = serde_json::from_slice(&line).with_context(|| {
-            format!("{} line {number} is no JSON; fix or remove the line", place())
-        })?;
-        hear(value, read as u64)?;
-    }
-}
-
-/// Rows of a Parquet file, read column by column but only those that are needed.
-fn table(
-    path: &Path,
-    source: &SourceRecipe,
-    hear: &mut dyn FnMut(Found) -> Result<()>,
-) -> Result<()> {
-    let place = || format!("{}: not a Parquet file that can be read", path.display());
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let reader = SerializedFileReader::new(file).with_context(place)?;
-    let schema = reader.metadata().file_metadata().schema();
-    let mut wanted: Vec<&str> = match source.format {
-        Format::Text => TEXT_COLUMNS.to_vec(),
-        Format::Messages => vec!["messages", "conversations"],
-        Format::PromptResponse => vec!["prompt", "response", "completion"],
-        Format::Alpaca => vec!["instruction", "input", "output"],
-        Format::Edit => vec!["before", "instruction", "after"],
-    };
-    wanted.extend(PACKAGE_COLUMNS);
-    wanted.extend(source.text.as_deref());
-    wanted.extend(source.package.as_deref());
-    let columns: Vec<_> =
-        schema.get_fields().iter().filter(|f| wanted.contains(&f.name())).cloned().collect();
-    let projection = parquet::schema::types::Type::group_type_builder(schema.name())
-        .with_fields(columns)
-        .build()
-        .with_context(place)?;
-    for (number, row) in reader.get_row_iter(Some(projection)).with_context(place)?.enumerate() {
-        let value = row.with_context(place)?.to_json_value();
-        let size = value
-            .as_object()
-            .map_or(0, |o| o.values().map(|v| v.as_str().map_or(0, str::len) as u64).sum::<u64>());
-        hear(document(source, format!("{}:{}", file_name(path), number + 1), value, size))?;
-    }
-    Ok(())
-}
-
-/// The document that a line or row holds.
-fn document(source: &SourceRecipe, name: String, mut value: Value, size: u64) -> Found {
+    let text = |column: &str| row.get(column).and_then(Value::as_str);
     let package = match &source.package {
-        Some(column) => value[column].as_str(),
-        None => PACKAGE_COLUMNS.iter().find_map(|&c| value[c].as_str()),
+        Some(column) => text(column),
+        None => PACKAGE_COLUMNS.iter().find_map(|&c| text(c)),
     };
     let package = package.unwrap_or(&name).to_owned();
-    match content(source, &mut value) {
-        Some(content) => Ok(Document { name, package, content }),
-        None => Err((Reason::NoText, name, size)),
+    match conversation::content(source, source.format(), row) {
+        Ok(content) => Ok(Document { name, package, content }),
+        Err((reason, what)) => Err(LeftOut { reason, what, name, bytes }),
     }
-}
-
-fn content(source: &SourceRecipe, value: &mut Value) -> Option<Content> {
-    let mut text = |column: &str| match value.get_mut(column)?.take() {
-        Value::String(text) => Some(text),
-        _ => None,
-    };
-    let chat = |question: String, answer: String| {
-        Content::Chat(vec![Turn::new("user", question), Turn::new("assistant", answer)])
-    };
-    Some(match source.format {
-        Format::Text => Content::Text(match &source.text {
-            Some(column) => text(column)?,
-            None => TEXT_COLUMNS.into_iter().find_map(text)?,
-        }),
-        Format::PromptResponse => {
-            chat(text("prompt")?, text("response").or_else(|| text("completion"))?)
-        }
-        Format::Alpaca => {
-            let instruction = text("instruction")?;
-            let input = text("input").filter(|i| !i.trim().is_empty());
-            let question = match input {
-                Some(input) => format!("{instruction}\n\n{input}"),
-                None => instruction,
-            };
-            chat(question, text("output")?)
-        }
-        Format::Edit => {
-            let before = text("before")?;
-            chat(edit_request(&before, &text("instruction")?), text("after")?)
-        }
-        Format::Messages => {
-            let turns = ["messages", "conversations"].iter().find_map(|c| value[c].as_array())?;
-            let turn = |turn: &Value| {
-                let either = |a: &str, b: &str| turn[a].as_str().or(turn[b].as_str());
-                let role = match either("role", "from")? {
-                    "human" => "user",
-                    "gpt" => "assistant",
-                    role => role,
-                };
-                Some(Turn::new(role, either("content", "value")?.to_owned()))
-            };
-            let turns: Vec<Turn> = turns.iter().map(turn).collect::<Option<_>>()?;
-            let answered = turns.iter().any(|t| t.role == "assistant");
-            Content::Chat(answered.then_some(turns)?)
-        }
-    })
-}
-
-/// What a user says who wants `before` changed: the same words in training and in `demask edit`. The answer is the
-/// changed text alone.
-pub fn edit_request(before: &str, instruction: &str) -> String {
-    format!("{}\n\n```\n{}\n```", instruction.trim(), before.trim_end_matches('\n'))
 }
 
 struct Wanted<'a> {
@@ -372,6 +267,6 @@ fn below(root: &Path, path: &Path) -> String {
     parts.map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/")
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
-}
+#[cfg(test)]
+#[path = "read_tests.rs"]
+mod tests;

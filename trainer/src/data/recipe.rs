@@ -3,10 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+use super::conversation;
 use super::filter::Filter;
+use super::rows::{columns, file_name};
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +33,9 @@ pub struct CorpusRecipe {
     /// Evaluation sets that no document may share text with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decontaminate: Option<Decontaminate>,
+    /// What the chat template of conversations is told, by name.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub chat_args: Map<String, Value>,
     /// Where text comes from, in order; of equal documents the first one is kept.
     pub source: Vec<SourceRecipe>,
 }
@@ -59,14 +65,14 @@ fn default_words() -> usize {
 pub struct SourceRecipe {
     /// Its name in reports, and in the mixture of a training recipe.
     pub name: String,
-    /// Directories, and files in JSONL (.jsonl, .json, also .gz and .zst) or Parquet.
+    /// Directories, and files in JSON (.jsonl, .json, also .gz and .zst) or Parquet.
     pub paths: Vec<PathBuf>,
     /// Endings of the files to read below a directory, without the dot; empty reads those of every known language.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub extensions: Vec<String>,
-    /// What a line or row holds.
-    #[serde(default)]
-    pub format: Format,
+    /// What a row holds; default: what the columns of its files say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
     /// The column with the text; default: the first of content, text, code that is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
@@ -93,14 +99,46 @@ pub enum Format {
     /// Plain text, all of it learnt.
     #[default]
     Text,
-    /// `messages` (or `conversations`): a list of {role, content}; the assistant's turns are learnt.
+    /// `messages` (or `conversations`): a list of {role, content} or {from, value}; the assistant's turns are learnt.
+    /// `tools`, `documents` and `chat_template_kwargs` beside it reach the chat template.
     Messages,
-    /// `prompt` and `response` (or `completion`): the response is learnt.
+    /// `prompt` and `response` (or `completion`), each a text or a list of messages: the response is learnt.
     PromptResponse,
-    /// `instruction`, `input` (may be empty) and `output`: the output is learnt.
+    /// `instruction`, `input` (may be empty), `history` and `output`: the output is learnt.
     Alpaca,
     /// `before`, `instruction`, `after`: the edited text is learnt.
     Edit,
+}
+
+impl Format {
+    /// What it is, for people.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Format::Text => "text",
+            Format::Messages => "conversations",
+            Format::PromptResponse => "prompts with answers",
+            Format::Alpaca => "instructions with answers",
+            Format::Edit => "edits",
+        }
+    }
+
+    /// Its name in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Text => "text",
+            Format::Messages => "messages",
+            Format::PromptResponse => "prompt_response",
+            Format::Alpaca => "alpaca",
+            Format::Edit => "edit",
+        }
+    }
+}
+
+impl SourceRecipe {
+    /// What a row holds; text, until [`CorpusRecipe::recognise`] has looked.
+    pub fn format(&self) -> Format {
+        self.format.unwrap_or_default()
+    }
 }
 
 impl CorpusRecipe {
@@ -126,7 +164,7 @@ impl CorpusRecipe {
             name: "text".into(),
             paths: paths.to_vec(),
             extensions: extensions.to_vec(),
-            format: Format::Text,
+            format: None,
             text: None,
             package: None,
             weight: None,
@@ -139,9 +177,65 @@ impl CorpusRecipe {
             held_out: default_held_out(),
             fim_rate: 0.0,
             filter: Filter::default(),
+            chat_args: Map::new(),
             decontaminate: None,
             source: vec![source],
         }
+    }
+
+    /// Gives each source that does not say what its rows hold the format that its files' columns say, and returns what to
+    /// say about it, a line for each file of rows and its like. A source whose files are of several formats becomes
+    /// several.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or no column of it is known.
+    pub fn recognise(&mut self) -> Result<Vec<String>> {
+        let mut said = Vec::new();
+        let mut sources = Vec::new();
+        for source in std::mem::take(&mut self.source) {
+            if source.format.is_some() || source.text.is_some() {
+                sources.push(SourceRecipe { format: Some(source.format()), ..source });
+                continue;
+            }
+            let mut groups: Vec<(Format, Vec<PathBuf>)> = Vec::new();
+            // File, format and columns of the first of a kind, and how many there are.
+            let mut lines: Vec<(String, Format, String, usize)> = Vec::new();
+            for path in &source.paths {
+                let (format, columns) =
+                    recognised(path).with_context(|| format!("source {}", source.name))?;
+                match groups.iter_mut().find(|(other, _)| *other == format) {
+                    Some((_, paths)) => paths.push(path.clone()),
+                    None => groups.push((format, vec![path.clone()])),
+                }
+                let Some(columns) = columns else { continue };
+                match lines.iter_mut().find(|line| (line.1, &line.2) == (format, &columns)) {
+                    Some(line) => line.3 += 1,
+                    None => lines.push((file_name(path), format, columns, 1)),
+                }
+            }
+            said.extend(lines.into_iter().map(|(file, format, columns, n)| {
+                let more = if n > 1 { format!(" and {} more", n - 1) } else { String::new() };
+                format!("{file}{more}: {}, by {columns}", format.describe())
+            }));
+            ensure!(
+                groups.len() < 2 || (source.weight, source.max_bytes) == (None, None),
+                "source {}: its files are of several formats, which its weight or max_bytes cannot be shared among; \
+                 make a [[source]] of each",
+                source.name
+            );
+            for (i, (format, paths)) in groups.into_iter().enumerate() {
+                // What paths on the command line are called.
+                let unnamed = source.name == "text";
+                let name = match (unnamed, i) {
+                    (true, _) => format.name().to_owned(),
+                    (false, 0) => source.name.clone(),
+                    (false, _) => format!("{}-{}", source.name, format.name()),
+                };
+                sources.push(SourceRecipe { name, paths, format: Some(format), ..source.clone() });
+            }
+        }
+        self.source = sources;
+        Ok(said)
     }
 
     /// Refuses what makes no dataset, naming the field.
@@ -176,4 +270,27 @@ impl CorpusRecipe {
         }
         Ok(())
     }
+}
+
+/// What a file's columns say that its rows hold, and which columns; a directory holds text.
+fn recognised(path: &Path) -> Result<(Format, Option<String>)> {
+    let kind =
+        std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
+    if kind.is_dir() {
+        return Ok((Format::Text, None));
+    }
+    let columns = columns(path)?;
+    if columns.is_empty() {
+        return Ok((Format::Text, None));
+    }
+    if let Some((format, names)) = conversation::recognise(&columns) {
+        return Ok((format, Some(names.join(", "))));
+    }
+    let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
+    bail!(
+        "{}: no column of it is known as text or conversation ({}); say in a corpus recipe which one is the text \
+         (text = \"COLUMN\"), or rename them",
+        path.display(),
+        names.join(", ")
+    )
 }

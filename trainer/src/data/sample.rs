@@ -4,14 +4,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use demask_engine::model::tokenizer::{FIM_NAMES, Fim, FimOrder};
-use demask_engine::model::{ChatTemplate, LlamaConfig, Tokenizer, Weights};
+use demask_engine::model::{ChatOptions, ChatTemplate, LlamaConfig, Tokenizer, Weights, hub};
 use demask_engine::philox::Philox;
+use serde_json::{Map, Value};
 
-use super::{Content, Document, Turn, fnv1a};
+use super::{Content, Conversation, Document, fnv1a, turns};
 use crate::bpe;
 
 /// Set on a token that is read but neither masked nor predicted: a prompt's. Ids stay below 2^24.
 pub const GIVEN: u32 = 1 << 31;
+
+/// Fields of a message, beside its text, that a model learns to write or to answer.
+const FIELDS: [&str; 5] =
+    ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
 
 /// Keeps this stream apart from others drawn under the same user seed.
 const FIM: u64 = u64::from_le_bytes(*b"fim\0\0\0\0\0");
@@ -23,8 +28,18 @@ pub struct Vocabulary {
     /// For conversations: the template's special tokens count.
     chat: tokenizers::Tokenizer,
     template: Option<ChatTemplate>,
+    /// For conversations with tools, where the tokenizer has a template of its own for them.
+    for_tools: Option<ChatTemplate>,
+    /// What the template is told of every conversation.
+    told: Map<String, Value>,
     special: Vec<String>,
     fim: Option<Fim>,
+    /// Put before each text.
+    begin: Vec<u32>,
+    /// Put before each conversation that does not begin with it.
+    chat_bos: Option<u32>,
+    /// What the chat template ends the assistant's turn with, if that is a token.
+    pub end_of_turn: Option<u32>,
     /// What ends a document.
     pub eos: u32,
     /// Ids are below this.
@@ -36,17 +51,17 @@ pub struct Vocabulary {
 impl Vocabulary {
     /// Opens a folder with a `tokenizer.json`, with or without a model beside it, or a GGUF file or its folder.
     pub fn open(path: &Path) -> Result<Vocabulary> {
-        let bare = path.join("tokenizer.json").exists() && !path.join("config.json").exists();
-        let (config, tokenizer) = if bare {
-            let config = bare_config(path)?;
-            let tokenizer = Tokenizer::from_folder(path, &config)?;
-            (config, tokenizer)
-        } else {
-            let (config, _) = Weights::open(path)?;
-            let tokenizer = Tokenizer::for_model(path, &config)?;
-            (config, tokenizer)
+        let path = &hub::resolve(path)?;
+        let (config, tokenizer) = match bare(path)? {
+            Some(both) => both,
+            None => {
+                let (config, _) = Weights::open(path)?;
+                let tokenizer = Tokenizer::for_model(path, &config)?;
+                (config, tokenizer)
+            }
         };
-        let eos = config.eos_token_ids.first().copied().with_context(|| {
+        let eos = config.eos_token_ids.first().copied().or(tokenizer.eos_token_id());
+        let eos = eos.with_context(|| {
             format!("{}: no token is known to end a text (eos_token)", path.display())
         })?;
         Self::new(&tokenizer, eos)
@@ -57,23 +72,44 @@ impl Vocabulary {
         let json = tokenizer.to_json()?;
         let chat = tokenizers::Tokenizer::from_bytes(&json)
             .map_err(|e| anyhow!("the tokenizer cannot be used for a corpus: {e}"))?;
+        let [begin, _] = tokenizer.around()?;
         let special = chat.get_added_tokens_decoder();
         let special = special.values().filter(|t| t.special).map(|t| t.content.clone()).collect();
         Ok(Vocabulary {
             text: bpe::for_corpus(&json)?,
             chat,
             template: tokenizer.chat()?,
+            for_tools: tokenizer.chat_for(None, true)?,
+            told: Map::new(),
             special,
             fim: tokenizer.fim(),
+            begin,
+            chat_bos: tokenizer.chat_bos(),
+            end_of_turn: tokenizer.end_of_turn()?,
             eos,
             size: tokenizer.vocab_size(),
             files: tokenizer.files()?,
         })
     }
 
-    /// What identifies the tokenizer: a hash of its files.
+    /// Tells the chat template of every conversation these values, by name, as `enable_thinking`.
+    ///
+    /// # Errors
+    /// If a value is of a type that its name does not take.
+    pub fn tell(&mut self, variables: &Map<String, Value>) -> Result<()> {
+        turns::options(variables)?;
+        self.told = variables.clone();
+        Ok(())
+    }
+
+    /// What identifies the tokenizer: a hash of its files, and of what its chat template is told.
     pub fn fingerprint(&self) -> u64 {
-        fnv1a(self.files.iter().flat_map(|(_, contents)| contents.iter().copied()))
+        let told = match self.told.is_empty() {
+            true => String::new(),
+            false => Value::Object(self.told.clone()).to_string(),
+        };
+        let files = self.files.iter().flat_map(|(_, contents)| contents.iter().copied());
+        fnv1a(files.chain(told.into_bytes()))
     }
 
     /// The text of ids, special tokens too.
@@ -97,13 +133,44 @@ impl Vocabulary {
     }
 
     /// Whether a conversation spells a special token, and could end its own turn with it.
-    pub fn is_spoofed(&self, content: &Content) -> bool {
-        match content {
-            Content::Text(_) => false,
-            Content::Chat(turns) => turns
-                .iter()
-                .any(|t| self.special.iter().any(|special| t.content.contains(special.as_str()))),
+    pub fn is_spoofed(&self, chat: &Conversation) -> bool {
+        let spells = |text: &str| self.special.iter().any(|token| text.contains(token.as_str()));
+        chat.strings().into_iter().any(spells)
+    }
+
+    /// What of a conversation the chat template prints nothing of: a model must not learn to end its turn where it
+    /// called a tool.
+    pub fn without_place(&self, chat: &Conversation) -> Option<String> {
+        let template = self.template(&self.told(chat).ok()?)?;
+        // The conversation without one thing, by what that is.
+        let mut without: Vec<(String, Conversation)> = Vec::new();
+        for field in FIELDS.into_iter().filter(|f| chat.messages.iter().any(|m| m.get(f).is_some()))
+        {
+            let mut less = chat.clone();
+            for message in less.messages.iter_mut().filter_map(Value::as_object_mut) {
+                message.retain(|key, _| key != field);
+            }
+            without.push((field.to_owned(), less));
         }
+        for name in ["tools", "documents"].into_iter().filter(|n| chat.variables.contains_key(*n)) {
+            let mut less = chat.clone();
+            less.variables.retain(|key, _| key != name);
+            without.push((name.to_owned(), less));
+        }
+        for (at, message) in chat.messages.iter().enumerate() {
+            let role = message["role"].as_str().unwrap_or_default();
+            if !["system", "user", "assistant"].contains(&role) {
+                let mut less = chat.clone();
+                less.messages.remove(at);
+                without.push((format!("role {role}"), less));
+            }
+        }
+        let text =
+            |chat: &Conversation| template.render_with(&chat.messages, &self.told(chat).ok()?).ok();
+        // Where the template refuses the conversation, it says so itself when its tokens are made.
+        let whole = without.first().and_then(|_| text(chat))?;
+        let silent = without.into_iter().find(|(_, less)| text(less).as_ref() == Some(&whole));
+        silent.map(|(name, _)| name)
     }
 
     /// A document's tokens; those that are not learnt carry [`GIVEN`]. At `fim_rate`, a text is cut at two random
@@ -113,14 +180,15 @@ impl Vocabulary {
             Content::Text(text) => {
                 let hash = fnv1a(document.name.bytes());
                 let mut random = Philox::new(seed ^ FIM, [hash as u32, (hash >> 32) as u32, 0]);
-                match self.fim {
+                let ids = match self.fim {
                     Some(fim) if f64::from(random.uniform()) < fim_rate => {
-                        self.fill_in_the_middle(text, fim, &mut random)
+                        self.fill_in_the_middle(text, fim, &mut random)?
                     }
-                    _ => bpe::encode(&self.text, text),
-                }
+                    _ => bpe::encode(&self.text, text)?,
+                };
+                Ok(self.begin.iter().map(|id| id | GIVEN).chain(ids).collect())
             }
-            Content::Chat(turns) => self.conversation(turns),
+            Content::Chat(chat) => self.conversation(chat),
         }
     }
 
@@ -135,27 +203,52 @@ impl Vocabulary {
         Ok(ids)
     }
 
+    /// What the template is told of a conversation: what every one is told, and what stands beside this one.
+    fn told(&self, chat: &Conversation) -> Result<ChatOptions> {
+        let mut variables = self.told.clone();
+        variables.extend(chat.variables.clone());
+        turns::options(&variables)
+    }
+
+    fn template(&self, told: &ChatOptions) -> Option<&ChatTemplate> {
+        let for_tools = self.for_tools.as_ref().filter(|_| told.tools.is_some());
+        for_tools.or(self.template.as_ref())
+    }
+
     /// The template's text, cut where the assistant begins and ends, each piece tokenised alone: so the tokens before
     /// an answer are those of the prompt that asks for it.
-    fn conversation(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        let template = self.template.as_ref().context("the tokenizer has no chat template")?;
-        let (mut ids, mut done) = (Vec::new(), String::new());
-        let after = |whole: String, done: &str| match whole.strip_prefix(done) {
-            Some(rest) => Ok((rest.to_owned(), whole)),
-            None => {
-                Err(anyhow!("the chat template changes earlier turns when a later one follows"))
-            }
-        };
-        for (i, _) in turns.iter().enumerate().filter(|(_, t)| t.role == "assistant") {
-            let (given, whole) = after(template.render(&turns[..i], true)?, &done)?;
-            done = whole;
-            let (learnt, whole) = after(template.render(&turns[..=i], false)?, &done)?;
-            done = whole;
-            ids.extend(bpe::encode(&self.chat, &given)?.into_iter().map(|id| id | GIVEN));
-            ids.extend(bpe::encode(&self.chat, &learnt)?);
+    fn conversation(&self, chat: &Conversation) -> Result<Vec<u32>> {
+        let told = self.told(chat)?;
+        let template = self.template(&told).context("the tokenizer has no chat template")?;
+        let mut ids = Vec::new();
+        for part in turns::parts(template, &chat.messages, chat.given, &told)? {
+            let mark = if part.learnt { 0 } else { GIVEN };
+            ids.extend(bpe::encode(&self.chat, &part.text)?.into_iter().map(|id| id | mark));
+        }
+        if let Some(bos) =
+            self.chat_bos.filter(|bos| ids.first().map(|id| id & !GIVEN) != Some(*bos))
+        {
+            ids.insert(0, bos | GIVEN);
         }
         Ok(ids)
     }
+}
+
+/// The tokenizer of a folder that holds no model; `None` of any other.
+///
+/// # Errors
+/// If its files are wrong.
+pub fn bare_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
+    Ok(bare(folder)?.map(|(_, tokenizer)| tokenizer))
+}
+
+fn bare(folder: &Path) -> Result<Option<(LlamaConfig, Tokenizer)>> {
+    if !folder.join("tokenizer.json").exists() || folder.join("config.json").exists() {
+        return Ok(None);
+    }
+    let config = bare_config(folder)?;
+    let tokenizer = Tokenizer::from_folder(folder, &config)?;
+    Ok(Some((config, tokenizer)))
 }
 
 /// The configuration that a tokenizer without a model stands for.

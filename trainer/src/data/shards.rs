@@ -16,6 +16,7 @@ use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
 use super::filter::Report;
+use super::recipe::Format;
 use crate::disk::write_atomically;
 
 /// Raised when the files change their meaning.
@@ -32,6 +33,9 @@ pub struct Manifest {
     pub vocab_size: usize,
     /// The token that ends a document.
     pub eos: u32,
+    /// The token that ends an answer in its conversations, where it has any and their template writes one.
+    #[serde(default)]
+    pub end_of_turn: Option<u32>,
     /// Sources in the recipe's order.
     pub sources: Vec<SourceManifest>,
 }
@@ -43,6 +47,9 @@ pub struct SourceManifest {
     pub name: String,
     /// Documents are kept whole in one sequence: conversations, whose answers mean nothing without their prompt.
     pub whole: bool,
+    /// What its rows were read as.
+    #[serde(default)]
+    pub format: Format,
     /// Its share of the training sequences, relative to the others'.
     pub weight: Option<f64>,
     /// For training.

@@ -44,6 +44,16 @@ impl Fields<'_> {
         }
     }
 
+    /// A list of numbers, at most one for each of the frequencies that a head may have.
+    pub fn f32s(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let wrong =
+            || self.error(format!("{name} is {}; expected a list of numbers", brief(value)));
+        let list = value.as_array().filter(|list| list.len() <= 4096).ok_or_else(wrong)?;
+        let number = |v: &Value| v.as_f64().map(|x| x as f32).ok_or_else(wrong);
+        list.iter().map(number).collect::<Result<_>>().map(Some)
+    }
+
     pub fn bool(&self, name: &str) -> Result<Option<bool>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         match value.as_bool() {

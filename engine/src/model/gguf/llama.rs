@@ -2,7 +2,8 @@
 //! Not here: the container (`gguf.rs`).
 
 use super::Gguf;
-use crate::model::config::{DiffusionAttention, LlamaConfig, RopeScaling};
+use super::ends::Ends;
+use crate::model::config::{DiffusionAttention, LlamaConfig, RopeScaling, Yarn};
 use crate::model::weights::quant::dequantise;
 use crate::{Error, Result};
 
@@ -65,22 +66,17 @@ const PARTS: [(&str, &str); 9] = [
 /// What a name ends in behind the part it is of.
 const KINDS: [&str; 2] = [".weight", ".bias"];
 
-/// HF name and row order of a GGUF tensor; `None` for a name no Llama has.
-pub(crate) fn hf_name(name: &str, config: &LlamaConfig) -> Option<(String, RowOrder)> {
+/// HF name of a GGUF tensor; `None` for a name no Llama has.
+pub(crate) fn hf_name(name: &str) -> Option<String> {
     let kind = KINDS.into_iter().find(|kind| name.ends_with(kind))?;
-    if kind == ".bias" && !config.qkv_bias {
-        return None;
-    }
     let stem = name.strip_suffix(kind)?;
-    let hf = match stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+    Some(match stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
         Some((layer, part)) => {
             let (_, part) = PARTS.iter().find(|(gguf, _)| *gguf == part)?;
             format!("model.layers.{layer}.{part}{kind}")
         }
         None => format!("{}{kind}", WHOLE.iter().find(|(gguf, _)| *gguf == stem)?.1),
-    };
-    let order = row_order(&hf, config);
-    Some((hf, order))
+    })
 }
 
 /// GGUF name of an HF parameter; `None` for a name no Llama has.
@@ -95,18 +91,18 @@ pub(crate) fn gguf_name(name: &str) -> Option<String> {
     Some(format!("blk.{layer}.{part}{kind}"))
 }
 
-/// How GGUF orders the rows of an HF parameter. Of a Qwen2 llama.cpp rotates halves, as HF does.
-pub(crate) fn row_order(name: &str, config: &LlamaConfig) -> RowOrder {
-    let rotated = name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight");
-    match rotated && !config.qkv_bias {
+/// How a file of this architecture orders the rows of an HF parameter. Of a Qwen2 llama.cpp rotates halves, as HF does.
+pub(crate) fn row_order(name: &str, architecture: &str, config: &LlamaConfig) -> RowOrder {
+    let rotated = ["q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"];
+    match architecture == LLAMA && rotated.iter().any(|end| name.ends_with(end)) {
         true => RowOrder::Interleaved { head_dim: config.head_dim },
         false => RowOrder::Same,
     }
 }
 
-/// `general.architecture`, which all keys about the network begin with.
+/// `general.architecture` of what is written, which all keys about the network begin with.
 pub(crate) fn architecture(config: &LlamaConfig) -> &'static str {
-    if config.qkv_bias { QWEN2 } else { LLAMA }
+    if config.is_qwen2() { QWEN2 } else { LLAMA }
 }
 
 const LLAMA: &str = "llama";
@@ -167,9 +163,7 @@ pub(crate) fn config(gguf: &Gguf) -> Result<LlamaConfig> {
             Some(Err(_)) => Err(Error::model(path, format!("metadata {key} is not a token id"))),
         }
     };
-    // Chat models end a turn with a token of its own.
-    let mut ends: Vec<u32> = id("tokenizer.ggml.eos_token_id")?.into_iter().collect();
-    ends.extend(id("tokenizer.ggml.eot_token_id")?.filter(|eot| !ends.contains(eot)));
+    let ends = Ends::read(gguf)?;
     let mut config = LlamaConfig {
         vocab_size,
         hidden_size,
@@ -181,14 +175,17 @@ pub(crate) fn config(gguf: &Gguf) -> Result<LlamaConfig> {
         head_dim,
         rms_norm_eps: gguf.f32(&key("attention.layer_norm_rms_epsilon"))?.unwrap_or(1e-5),
         rope_theta: gguf.f32(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-        rope_scaling: linear_scaling(gguf, &key)?,
-        qkv_bias: architecture == QWEN2,
+        rope_scaling: key_scaling(gguf, &key)?,
+        qkv_bias: shape("blk.0.attn_q.bias").is_some(),
+        o_bias: shape("blk.0.attn_output.bias").is_some(),
+        mlp_bias: shape("blk.0.ffn_down.bias").is_some(),
         tie_word_embeddings: shape("output.weight").is_none(),
         max_position_embeddings: need(gguf, &key("context_length"))?,
-        bos_token_id: id("tokenizer.ggml.bos_token_id")?,
-        eos_token_ids: ends,
+        bos_token_id: ends.bos,
+        eos_token_ids: ends.ends,
         mask_token_id: id("tokenizer.ggml.mask_token_id")?,
         pad_token_id: id("tokenizer.ggml.padding_token_id")?,
+        generation: serde_json::Map::new(),
         block_length: size(gguf, "demask.block_length")?,
         diffusion_attention: match gguf.text("demask.diffusion_attention")? {
             None => DiffusionAttention::default(),
@@ -223,16 +220,17 @@ fn need(gguf: &Gguf, key: &str) -> Result<usize> {
 }
 
 /// `llama.rope.scaling.*`, and the older `llama.rope.scale_linear`.
-fn linear_scaling(gguf: &Gguf, key: &dyn Fn(&str) -> String) -> Result<Option<RopeScaling>> {
-    let factor = match gguf.text(&key("rope.scaling.type"))? {
+fn key_scaling(gguf: &Gguf, key: &dyn Fn(&str) -> String) -> Result<Option<RopeScaling>> {
+    let scaling = |rest: &str| key(&format!("rope.scaling.{rest}"));
+    let factor = match gguf.text(&scaling("type"))? {
         Some("none") => None,
         None => gguf.f32(&key("rope.scale_linear"))?,
-        Some("linear") => gguf.f32(&key("rope.scaling.factor"))?,
+        Some("linear") => gguf.f32(&scaling("factor"))?,
+        Some("yarn") => return yarn(gguf, key).map(Some),
         Some(other) => {
             let reason = format!(
-                "{} {other:?} is not supported; expected \"none\" or \
-                 \"linear\"",
-                key("rope.scaling.type")
+                "{} {other:?} is not supported; expected \"none\", \"linear\" or \"yarn\"",
+                scaling("type")
             );
             return Err(Error::model(gguf.path, reason));
         }
@@ -240,6 +238,44 @@ fn linear_scaling(gguf: &Gguf, key: &dyn Fn(&str) -> String) -> Result<Option<Ro
     Ok(factor
         .filter(|&factor| factor != 1.0 && factor != 0.0)
         .map(|factor| RopeScaling::Linear { factor }))
+}
+
+/// YaRN with the numbers that llama.cpp and transformers both take where none are given; others change the two in
+/// different ways.
+fn yarn(gguf: &Gguf, key: &dyn Fn(&str) -> String) -> Result<RopeScaling> {
+    let scaling = |rest: &str| key(&format!("rope.scaling.{rest}"));
+    for (rest, usual) in [
+        ("attn_factor", 1.0),
+        ("yarn_ext_factor", 1.0),
+        ("yarn_attn_factor", 1.0),
+        ("yarn_beta_fast", 32.0),
+        ("yarn_beta_slow", 1.0),
+        ("yarn_log_multiplier", 0.0),
+    ] {
+        if let Some(other) = gguf.f32(&scaling(rest))?.filter(|&x| x != usual) {
+            let reason = format!(
+                "{} is {other}; only {usual} is supported: use the Hugging Face folder instead",
+                scaling(rest)
+            );
+            return Err(Error::model(gguf.path, reason));
+        }
+    }
+    let factor = scaling("factor");
+    let original = match size(gguf, &scaling("original_context_length"))? {
+        Some(length) => length,
+        None => need(gguf, &key("context_length"))?,
+    };
+    Ok(RopeScaling::Yarn(Yarn {
+        factor: gguf.f32(&factor)?.ok_or_else(|| {
+            Error::model(gguf.path, format!("metadata {factor} is missing; yarn needs it"))
+        })?,
+        original_max_position_embeddings: original,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: true,
+        attention_factor: None,
+        mscale: None,
+    }))
 }
 
 /// llama.cpp stores the divisors of Llama 3's frequencies, not the four numbers they came from. The

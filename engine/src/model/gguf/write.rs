@@ -12,7 +12,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 
 use super::llama::{ROPE_FREQS, RowOrder, architecture as architecture_of, gguf_name, row_order};
-use crate::model::config::{LlamaConfig, RopeScaling};
+use crate::model::config::{LlamaConfig, RopeScaling, Yarn};
 use crate::model::save::write_file;
 use crate::model::weights::quant::quantise;
 use crate::model::weights::{StoredType, Weights};
@@ -69,6 +69,9 @@ pub(crate) fn write_gguf(
     dtype: StoredType,
     progress: &mut dyn FnMut(f64),
 ) -> Result<()> {
+    if let Some(reason) = no_place(config) {
+        return Err(Error::model(path, reason));
+    }
     let Some(file_type) = dtype.file_type() else {
         let reason = format!("{dtype:?} is only read; choose another type");
         return Err(Error::model(path, reason));
@@ -158,7 +161,7 @@ fn rounded(
     let Piece { entry, rows } = piece;
     let mut bytes = Vec::new();
     values.clear();
-    match entry.hf.as_deref().map(|hf| (hf, row_order(hf, config))) {
+    match entry.hf.as_deref().map(|hf| (hf, row_order(hf, architecture_of(config), config))) {
         None => values.extend_from_slice(&factors[rows.clone()]),
         Some((hf, RowOrder::Same)) => {
             weights.append_rows(hf, rows.clone(), values)?;
@@ -199,12 +202,18 @@ fn architecture(config: &LlamaConfig, file_type: u32) -> Vec<(String, Meta)> {
         (key("attention.layer_norm_rms_epsilon"), Meta::F32(config.rms_norm_eps)),
         (key("rope.freq_base"), Meta::F32(config.rope_theta)),
     ];
-    match config.rope_scaling {
-        Some(RopeScaling::Linear { factor }) => {
-            meta.push((key("rope.scaling.type"), Meta::Text("linear".into())));
-            meta.push((key("rope.scaling.factor"), Meta::F32(factor)));
+    let (scaling, factor) = match &config.rope_scaling {
+        Some(RopeScaling::Linear { factor }) => (Some("linear"), *factor),
+        Some(RopeScaling::Yarn(yarn)) => {
+            let original = number(yarn.original_max_position_embeddings);
+            meta.push((key("rope.scaling.original_context_length"), original));
+            (Some("yarn"), yarn.factor)
         }
-        Some(RopeScaling::Llama3 { .. }) | None => {}
+        _ => (None, 1.0),
+    };
+    if let Some(scaling) = scaling {
+        meta.push((key("rope.scaling.type"), Meta::Text(scaling.into())));
+        meta.push((key("rope.scaling.factor"), Meta::F32(factor)));
     }
     // Ours; other readers skip what they do not know.
     if let Some(length) = config.block_length {
@@ -218,6 +227,32 @@ fn architecture(config: &LlamaConfig, file_type: u32) -> Vec<(String, Meta)> {
         ));
     }
     meta
+}
+
+/// What of a model no GGUF file can hold so that llama.cpp computes the same.
+fn no_place(config: &LlamaConfig) -> Option<String> {
+    let scaling = match &config.rope_scaling {
+        Some(RopeScaling::Dynamic { .. }) => "dynamic",
+        Some(RopeScaling::LongRope(_)) => "longrope",
+        Some(RopeScaling::Yarn(yarn)) => {
+            let usual = Yarn {
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                truncate: true,
+                attention_factor: None,
+                mscale: None,
+                ..*yarn
+            };
+            if *yarn == usual {
+                return None;
+            }
+            "yarn with numbers of its own (beta_fast, beta_slow, truncate, attention_factor, mscale)"
+        }
+        _ => return None,
+    };
+    Some(format!(
+        "a GGUF file has no place for rope scaling {scaling}; write a Hugging Face folder"
+    ))
 }
 
 /// What llama.cpp divides Llama 3's frequencies by.

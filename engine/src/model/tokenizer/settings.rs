@@ -1,4 +1,4 @@
-//! `tokenizer_config.json`: begin and end tokens, and the chat template.
+//! `tokenizer_config.json`: begin and end tokens.
 //! Not here: `tokenizer.json` itself (`check.rs`).
 
 use std::path::Path;
@@ -28,29 +28,6 @@ pub(super) fn default_settings(inner: &tokenizers::Tokenizer, config: &LlamaConf
         }
     }
     settings
-}
-
-/// Begin and end tokens that `tokenizer_config.json` asks for where `tokenizer.json` does not say.
-/// transformers' LlamaTokenizer adds the begin token unless told otherwise.
-pub(super) fn ends_to_add(
-    settings: &Value,
-    config: &LlamaConfig,
-    inner: &tokenizers::Tokenizer,
-) -> (Option<u32>, Option<u32>) {
-    let is_llama = settings["tokenizer_class"]
-        .as_str()
-        .is_some_and(|class| class.starts_with("LlamaTokenizer"));
-    let id = |name: &str| {
-        let token = &settings[name];
-        let token = token.as_str().or(token["content"].as_str());
-        token.and_then(|token| inner.token_to_id(token))
-    };
-    let wanted = |name: &str, default: bool| settings[name].as_bool().unwrap_or(default);
-    let bos = id("bos_token").or(config.bos_token_id).filter(|_| wanted("add_bos_token", is_llama));
-    let eos = id("eos_token")
-        .or(config.eos_token_ids.first().copied())
-        .filter(|_| wanted("add_eos_token", false));
-    (bos, eos)
 }
 
 /// Makes `encode(…, true)` put these tokens around a text.
@@ -88,13 +65,4 @@ pub(super) fn add_ends(
         .map_err(|e| Error::model(path, format!("begin and end tokens cannot be added: {e}")))?;
     inner.with_post_processor(Some(processor));
     Ok(())
-}
-
-/// `chat_template` of `tokenizer_config.json`: a text, or a list of named ones of which `default`
-/// counts.
-pub(super) fn template_of(settings: &Value) -> Option<String> {
-    let template = &settings["chat_template"];
-    let named = template.as_array().into_iter().flatten();
-    let default = named.clone().find(|t| t["name"] == "default").or(named.clone().next());
-    template.as_str().or_else(|| default?["template"].as_str()).map(str::to_owned)
 }

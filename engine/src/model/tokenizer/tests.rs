@@ -187,7 +187,8 @@ fn a_saved_tokenizer_reads_back_the_same() {
     for text in TEXTS {
         assert_eq!(again.encode(text, true).unwrap(), tokenizer.encode(text, true).unwrap());
     }
-    assert_eq!(again.chat_template(), Some("{{ messages }}"));
+    // The file puts its beginning before conversations, too; in a folder the template has to.
+    assert_eq!(again.chat_template(), Some("{{ bos_token }}{{ messages }}"));
     assert_eq!(again.to_json().unwrap(), tokenizer.to_json().unwrap());
     // A cut that the file asks for must not shorten texts; a wrong id of an added token must not
     // pass.
@@ -215,4 +216,51 @@ fn stories_round_trip() {
     let text = tokenizer.decode(&ids, true);
     assert!(text.starts_with("Once upon a time, there was a little girl"), "{text}");
     assert_eq!(tokenizer.encode(&text, true).unwrap(), ids);
+}
+
+/// The table that transformers itself filled in (`tests/golden/generate_ends.py`).
+#[test]
+fn texts_and_conversations_begin_as_in_transformers() {
+    let golden = crate::model::gguf::ends::tests::golden();
+    let scratch = Scratch::new("beginnings");
+    for case in golden["folder_beginnings"].as_array().unwrap() {
+        let mut json = golden["tokenizer"].clone();
+        json["post_processor"] = case["post_processor"].clone();
+        scratch.write("tokenizer.json", json.to_string());
+        scratch.write("tokenizer_config.json", case["tokenizer_config"].to_string());
+        let tokenizer = Tokenizer::from_folder(&scratch.0, &tiny()).unwrap();
+        let text = tokenizer.encode("def f", true).unwrap();
+        assert_eq!(json!(text), case["text"], "{case}");
+        let [before, behind] = tokenizer.around().unwrap();
+        let bare = tokenizer.encode("def f", false).unwrap();
+        assert_eq!([before, bare, behind].concat(), text);
+        let chat = tokenizer.chat().unwrap().unwrap();
+        let said = chat.render(&[json!({"role": "user", "content": "hi"})], false).unwrap();
+        assert_eq!(json!(tokenizer.encode_chat(&said).unwrap()), case["chat"], "{case}");
+    }
+}
+
+/// llama.cpp puts the token before a conversation too, once: what the template writes counts. A folder made of the file
+/// has a template that writes it.
+#[test]
+fn a_file_that_adds_a_beginning_adds_it_to_conversations_once() {
+    let frame = "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}";
+    for writes in [false, true] {
+        let mut w = tiny_gguf();
+        let template =
+            if writes { format!("{{{{ bos_token }}}}{frame}") } else { frame.to_owned() };
+        w.text("tokenizer.chat_template", &template);
+        let tokenizer = from_gguf(w, &tiny()).unwrap();
+        assert_eq!(tokenizer.chat_bos(), Some(0));
+        let scratch = Scratch::new("chat bos");
+        tokenizer.save(&scratch.0).unwrap();
+        let folder = Tokenizer::from_folder(&scratch.0, &tiny()).unwrap();
+        assert_eq!(folder.chat_bos(), None);
+        for tokenizer in [tokenizer, folder] {
+            let chat = tokenizer.chat().unwrap().unwrap();
+            let text = chat.render(&[json!({"role": "user", "content": "hi"})], false).unwrap();
+            let ids = tokenizer.encode_chat(&text).unwrap();
+            assert_eq!((ids[0], ids.len()), (0, 1 + "user:hi".len()), "{text}");
+        }
+    }
 }

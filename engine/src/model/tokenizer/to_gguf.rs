@@ -69,24 +69,19 @@ pub(super) fn metadata(
     let Some(pre) = name_of(&splitting) else {
         return Err(refuse("llama.cpp has no name for the way it splits text"));
     };
-    let ends = tokenizer.encode("", true)?;
-    let begins = config.bos_token_id.is_some_and(|bos| ends.first() == Some(&bos));
     let mut meta = vec![
         ("tokenizer.ggml.model", Meta::Text("gpt2".into())),
         ("tokenizer.ggml.pre", Meta::Text(pre.into())),
         ("tokenizer.ggml.tokens", Meta::Texts(texts)),
         ("tokenizer.ggml.token_type", Meta::I32s(kinds)),
         ("tokenizer.ggml.merges", Meta::Texts(merges.collect())),
-        ("tokenizer.ggml.add_bos_token", Meta::Bool(begins)),
         ("tokenizer.ggml.add_space_prefix", Meta::Bool(false)),
     ];
     let ids = [
-        ("tokenizer.ggml.bos_token_id", config.bos_token_id),
-        ("tokenizer.ggml.eos_token_id", config.eos_token_ids.first().copied()),
-        ("tokenizer.ggml.eot_token_id", config.eos_token_ids.get(1).copied()),
         ("tokenizer.ggml.padding_token_id", config.pad_token_id),
         ("tokenizer.ggml.mask_token_id", tokenizer.mask_token_id()),
     ];
+    meta.extend(tokenizer.in_gguf(path, config)?.meta);
     meta.extend(ids.into_iter().filter_map(|(key, id)| Some((key, Meta::U32(id?)))));
     if let Some(template) = tokenizer.chat_template() {
         meta.push(("tokenizer.chat_template", Meta::Text(template.to_owned())));

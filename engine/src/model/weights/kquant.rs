@@ -10,7 +10,7 @@
 use half::f16;
 
 use super::block32::{IQ4_LEVELS, nibbles};
-use crate::tensor::stored::{Q4Block, Q8Block, level};
+use crate::tensor::stored::{Q4Block, Q8Block, broken, level};
 
 /// Elements of a block.
 pub(super) const ELEMENTS: usize = 256;
@@ -264,7 +264,8 @@ pub(super) fn encode_q4(values: &[f32; ELEMENTS]) -> [u8; Q4_BYTES] {
     let parts = values.as_chunks::<32>().0;
     let fits: Vec<(f32, f32)> = parts.iter().map(|part| fit_q4(part)).collect();
     let most = |of: fn(&(f32, f32)) -> f32| fits.iter().map(of).fold(0.0, f32::max);
-    let (d, e) = (f16::from_f32(most(|f| f.0) / 63.0), f16::from_f32(most(|f| f.1) / 63.0));
+    let d = f16::from_f32(most(|f| f.0) / 63.0 + broken(values));
+    let e = f16::from_f32(most(|f| f.1) / 63.0);
     let of = |x: f32, unit: f16| match unit.to_f32() {
         unit if unit > 0.0 => level(x / unit, 0.0, 63.0) as u8,
         _ => 0,
@@ -291,7 +292,7 @@ pub(super) fn encode_q6(values: &[f32; ELEMENTS]) -> [u8; Q6_BYTES] {
     let parts = values.as_chunks::<16>().0;
     let fits: Vec<f32> = parts.iter().map(|part| fit_q6(part)).collect();
     let largest = fits.iter().copied().fold(0.0f32, |a, s| if s.abs() > a.abs() { s } else { a });
-    let d = f16::from_f32(largest / -128.0);
+    let d = f16::from_f32(largest / -128.0 + broken(values));
     let unit = d.to_f32();
     let mut block = [0; Q6_BYTES];
     for (i, (part, s)) in parts.iter().zip(fits).enumerate() {
@@ -345,6 +346,18 @@ mod tests {
             // A uniform error in steps of (high − low) / 15 and / 64 of a normal sample.
             let (four, six) = (rms(&x, &four), rms(&x, &six));
             assert!(four < 0.09 && six < 0.025, "{four} {six}");
+        }
+    }
+
+    #[test]
+    fn a_block_tells_of_what_is_not_finite() {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = values(1.0);
+            x[77] = value;
+            let (mut four, mut six) = (Vec::new(), Vec::new());
+            decode_q4(&encode_q4(&x), &mut four);
+            decode_q6(&encode_q6(&x), &mut six);
+            assert!(!four[77].is_finite() && !six[77].is_finite(), "{value}");
         }
     }
 

@@ -122,9 +122,9 @@ fn gguf_rows_come_in_hugging_face_order() {
     let mut extra = tiny_gguf();
     extra.tensor("blk.0.attn_q.bias", &[32], 0, &[0; 128]);
     scratch.write("model.gguf", extra.finish());
-    refused(&scratch.0, "attn_q.bias");
+    refused(&scratch.0, "self_attn.k_proj.bias of shape [16] is missing");
     scratch.write("other.gguf", Writer::default().finish());
-    refused(&scratch.0, "more than one");
+    refused(&scratch.0, "holds 2 GGUF models: model.gguf, other.gguf; name the one you mean");
 }
 
 #[test]
@@ -132,10 +132,21 @@ fn tensors_must_match_the_configuration() {
     let scratch = Scratch::new("match");
     let tied = LlamaConfig { tie_word_embeddings: true, ..tiny() };
     write_model(&scratch.0, &tiny(), StoredType::F32);
-    // An untied file under a tied configuration holds a copy of the head, which is ignored.
     let json = |config: &LlamaConfig| config.to_json("float32").to_string();
+    // Under a tied configuration a head of its own wins; a copy of the embedding is one with it.
     scratch.write("config.json", json(&tied));
-    assert!(Weights::open(&scratch.0).is_ok());
+    let (config, weights) = Weights::open(&scratch.0).unwrap();
+    assert!(!config.tie_word_embeddings);
+    assert_eq!(weights.rows_f32("lm_head.weight", 0..1).unwrap()[1], element("lm_head.weight", 1));
+    let same = |tensor: &SaveTensor| match tensor.name.as_str() {
+        "lm_head.weight" => {
+            SaveTensor { name: "model.embed_tokens.weight".into(), ..tensor.clone() }
+        }
+        _ => tensor.clone(),
+    };
+    let tensors = parameters(&tiny(), StoredType::F32);
+    save_model(&scratch.0, &tied, &tensors, |t, sink| sink(&bytes_of(&same(t))), &[]).unwrap();
+    assert_eq!(Weights::open(&scratch.0).unwrap().0, tied);
     write_model(&scratch.0, &tied, StoredType::F32);
     scratch.write("config.json", json(&tiny()));
     refused(&scratch.0, "lm_head.weight of shape [300, 32] is missing");

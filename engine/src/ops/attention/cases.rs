@@ -164,7 +164,7 @@ fn lanes(told: Told<'_>) -> Vec<Lane> {
     let mut row = 0;
     let lane = |&(rows, position, block, prefix, slot): &_| {
         row += rows;
-        Lane { row: row - rows, rows, position, block, prefix, slot }
+        Lane { row: row - rows, rows, position, block, prefix, slot, length: 0 }
     };
     told.iter().map(lane).collect()
 }
