@@ -1,3 +1,5 @@
+//! Blocks by their definitions, and what is held of them on the device.
+
 use super::*;
 
 #[test]
