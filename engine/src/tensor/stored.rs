@@ -59,7 +59,8 @@ pub(crate) struct Q4Block {
     pub q: [u8; QUANT_BLOCK],
 }
 
-/// −0, or NaN if a value is not finite: added to a block's scale, it changes nothing, or makes the whole block tell of it.
+/// −0, or NaN if a value is not finite: added to a block's scale, it changes nothing, or makes the whole block tell of
+/// it.
 pub(crate) fn broken(values: &[f32]) -> f32 {
     // Whole numbers, so that the compiler may take many at a time.
     let most = values.iter().fold(0, |most, v| (v.to_bits() & !(1 << 31)).max(most));
