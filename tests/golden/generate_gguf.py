@@ -3,9 +3,9 @@
 
     generate_gguf.py [FOLDER]      default: gguf/ beside this script; the same bytes each time
 
-Files are written and weights decoded by the gguf package (ggml-org); the forward pass is numpy's, in f64, on the rows as
-llama.cpp stores them. expected.json has of each file the ids, the log-probability of each after the first, and of each
-tensor the CRC-32 of its f32 values in Hugging Face's order. Needs gguf 0.19 and numpy.
+Files are written and weights decoded by the gguf package (ggml-org); the forward pass is numpy's, in f64, on the rows
+as llama.cpp stores them. expected.json has of each file the ids, the log-probability of each after the first, and of
+each tensor the CRC-32 of its f32 values in Hugging Face's order. Needs gguf 0.19 and numpy.
 """
 
 import json

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 HERE = Path(__file__).parent
 # None: the key is missing.
 NAMES = [
-    None, "default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "llama-bpe", "llama3", "llama-v3", "smaug-bpe",
-    "dbrx", "qwen2", "deepseek-r1-qwen", "stablelm2", "seed-coder", "deepseek-coder", "deepseek-llm",
+    None, "default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "llama-bpe", "llama3", "llama-v3",
+    "smaug-bpe", "dbrx", "qwen2", "deepseek-r1-qwen", "stablelm2", "seed-coder", "deepseek-coder", "deepseek-llm",
 ]
 TEXTS = [
     "def f(x):\n    return x ** 2 + 10_000  # it's 3.14159\n\n\nclass A1B2:\r\n\tpass\r\n",

@@ -120,8 +120,8 @@ impl From<StoredType> for ConvertOptions {
     }
 }
 
-/// Writes a model anew: to a GGUF file if `out` ends so, else to a Hugging Face folder, which holds floats. Returns what
-/// was lost of the tokenizer, a line for each token.
+/// Writes a model anew: to a GGUF file if `out` ends so, else to a Hugging Face folder, which holds floats. Returns
+/// what was lost of the tokenizer, a line for each token.
 pub fn convert(
     model: &Path,
     out: &Path,

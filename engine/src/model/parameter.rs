@@ -125,8 +125,8 @@ pub(super) struct Stored<'a> {
     pub precision: Precision,
 }
 
-/// What becomes of a model's matrices in device memory at [`Precision::Stored`] whose types no kernel reads as they are,
-/// in one line for people: how many of which type rest as which, and how closely; `None` where there are none.
+/// What becomes of a model's matrices at [`Precision::Stored`] whose types no kernel reads as they are, in one line for
+/// people: how many of which type rest as which, and how closely; `None` where there are none.
 pub fn conversions(config: &LlamaConfig, weights: &Weights) -> Option<String> {
     let mut counts = BTreeMap::new();
     for (name, _) in config.parameters().iter().filter(|(_, shape)| shape.len() == 2) {

@@ -1,6 +1,6 @@
 //! How byte-level tokenizers split text before they merge, by the names that GGUF files carry in `tokenizer.ggml.pre`.
-//! What llama.cpp does under a name is done here, in the parts that a `tokenizer.json` is made of; where the model's own
-//! `tokenizer.json` has a part that llama.cpp leaves out (Qwen's NFC), it is kept.
+//! What llama.cpp does under a name is done here, in the parts that a `tokenizer.json` is made of; where the model's
+//! own `tokenizer.json` has a part that llama.cpp leaves out (Qwen's NFC), it is kept.
 
 use serde_json::{Value, json};
 

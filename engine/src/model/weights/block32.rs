@@ -6,7 +6,7 @@ use std::array;
 
 use half::f16;
 
-use crate::tensor::stored::{Q4Block, Q8Block, level, q4_of, q8_of};
+use crate::tensor::stored::{Q4Block, Q8Block, broken, level, q4_of, q8_of};
 
 /// Levels of IQ4_NL and IQ4_XS: closer together near zero, where weights are.
 pub(super) const IQ4_LEVELS: [i8; 16] =
@@ -127,7 +127,7 @@ pub(super) fn encode_q8_0(values: &[f32; 32]) -> [u8; 34] {
 
 /// The scale is what the largest magnitude needs, with the sign that puts it on −8.
 pub(super) fn encode_q4_0(values: &[f32; 32]) -> [u8; 18] {
-    let d = f16::from_f32(extreme(values) / -8.0);
+    let d = f16::from_f32(extreme(values) / -8.0 + broken(values));
     let inverse = if d.to_f32() == 0.0 { 0.0 } else { 1.0 / d.to_f32() };
     let mut q = [0; 32];
     q.iter_mut().zip(values).for_each(|(q, x)| *q = level(x * inverse + 8.0, 0.0, 15.0) as u8);
@@ -148,8 +148,16 @@ pub(super) fn encode_q4_1(values: &[f32; 32]) -> [u8; 20] {
 
 /// The value of largest magnitude; of several, the first.
 fn extreme(values: &[f32; 32]) -> f32 {
-    let high = values.iter().fold(0.0f32, |most, &x| if x > most { x } else { most });
-    let low = values.iter().fold(0.0f32, |least, &x| if x < least { x } else { least });
+    // In eight lanes, which the compiler may not make of one on its own.
+    let (mut highs, mut lows) = ([0.0f32; 8], [0.0f32; 8]);
+    for eight in values.as_chunks::<8>().0 {
+        for ((high, low), &x) in highs.iter_mut().zip(&mut lows).zip(eight) {
+            *high = if x > *high { x } else { *high };
+            *low = if x < *low { x } else { *low };
+        }
+    }
+    let high = highs.into_iter().fold(0.0, f32::max);
+    let low = lows.into_iter().fold(0.0, f32::min);
     match high == -low {
         // Both signs reach it, or there is nothing but zeros: whichever comes first.
         true => values.iter().copied().find(|x| x.abs() == high && high > 0.0).unwrap_or(0.0),
