@@ -46,13 +46,12 @@ fn tries(picked: &[usize]) -> Vec<(usize, f32)> {
         .collect()
 }
 
-/// Where nothing shall be seen in what an op gives: a gradient that is not finite moves no weight, since the norm tells of
-/// it; of one class, or one of equals, no element matters; and a case is of an overflow already.
-fn is_expected(case: &Case, input: usize) -> bool {
+/// A gradient that is not finite moves no weight: the norm, an op of its own, tells of it.
+fn is_told_by_the_norm(case: &Case, input: usize) -> bool {
     case.name.starts_with("adamw") && input == 1
 }
 
-/// True if the case has no element that could be broken by the rules above.
+/// Of one class, or one of equals, no element matters; nor does one of a case that is of an overflow already.
 fn has_nothing_to_break(case: &Case) -> bool {
     let names = ["softmax [1]", "max of equals", "grad_norm of an overflow"];
     names.contains(&case.name.as_str())
@@ -94,7 +93,7 @@ fn unseen(gpu: &Gpu, case: &Case) -> (Vec<String>, usize) {
     let op = case.name.split(' ').next().unwrap_or_default();
     let has_limits = LIMITS.iter().any(|name| op.starts_with(name));
     for (i, input) in case.inputs.iter().enumerate() {
-        if matches!(input, Input::Integers(..)) || is_expected(case, i) {
+        if matches!(input, Input::Integers(..)) || is_told_by_the_norm(case, i) {
             continue;
         }
         let mut with = |at: usize, value: f64| {
