@@ -14,6 +14,7 @@ struct Params {
     step: f32,
     bias2: f32,
     eps: f32,
+    zero: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> grad: array<vec4<f32>>;        // [n / 4]
@@ -35,6 +36,8 @@ fn main(
         let square = p.beta2 * v[i] + p.rest2 * g * g;
         m[i] = mean;
         v[i] = square;
-        w[i] = p.decay * w[i] - p.step * mean / (sqrt(square) / p.bias2 + p.eps);
+        // An infinite moment would stop its weight for good, in silence: 0, which compilers do not know, makes it NaN.
+        let kept = p.decay * w[i] + p.zero * square;
+        w[i] = kept - p.step * mean / (sqrt(square) / p.bias2 + p.eps);
     }
 }

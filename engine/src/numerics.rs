@@ -1,8 +1,8 @@
 //! How a driver computes where WGSL leaves it open: NaN in comparisons, `max` and conversions, numbers below the
 //! smallest normal one, overflow, one rounding or two. The table is asked of a device by one small kernel;
 //! `demask doctor --json` prints it, so that a report from an unknown driver says what to expect of it. Kernels lean on
-//! the rows marked as needed alone, to which [`crate::selftest`] therefore holds a device; tests/tests/numerics.rs keeps
-//! kernels from leaning on more.
+//! the rows marked as needed alone, to which [`crate::selftest`] therefore holds a device; tests/tests/shaders.rs and
+//! numerics.rs keep kernels from leaning on more.
 
 use half::f16;
 

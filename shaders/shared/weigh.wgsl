@@ -18,6 +18,8 @@ fn inverse_of(total: vec4<f32>) -> vec4<f32> {
     return select(1.0 / total, vec4<f32>(), sees_nothing(total));
 }
 
+// NaN where the total is, whatever log makes of it: a finite number could be lost in NEVER, hence the piece.
 fn lse_of(m: vec4<f32>, total: vec4<f32>) -> vec4<f32> {
-    return select(m + log(total), vec4<f32>(NEVER), sees_nothing(total));
+    let lse = fma(total, vec4<f32>(p.zero), m + log(total));
+    return select(lse, vec4<f32>(NEVER), sees_nothing(total));
 }

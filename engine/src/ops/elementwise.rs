@@ -21,8 +21,8 @@ const BINARY_BACKWARD: Kernel = kernel!("elementwise_binary_backward");
 const UNARY_TABLE: [[&str; 3]; 11] = [
     ["scale", "x * p.scalar", "p.scalar"],
     ["add_scalar", "x + p.scalar", "1.0"],
-    ["exp", "exp(x)", "exp(x)"],
-    ["log", "log(x)", "1.0 / x"],
+    ["exp", "or_nan(x, exp(x))", "exp(x)"],
+    ["log", LOG, "1.0 / x"],
     ["sqrt", "sqrt(x)", "0.5 / sqrt(x)"],
     ["recip", "1.0 / x", "-1.0 / (x * x)"],
     ["tanh", "or_nan(x, tanh(clamp(x, -15.0, 15.0)))", TANH_BACKWARD],
@@ -31,6 +31,8 @@ const UNARY_TABLE: [[&str; 3]; 11] = [
     ["relu", "or_nan(x, max(x, 0.0))", "select(0.0, 1.0, x > 0.0)"],
     ["square", "x * x", "2.0 * x"],
 ];
+// Drivers have finite logarithms of what is not finite.
+const LOG: &str = "select(log(x), x, (bitcast<u32>(x) & 0x7f800000u) == 0x7f800000u)";
 const TANH_BACKWARD: &str =
     "4.0 * exp(-2.0 * abs(x)) / ((1.0 + exp(-2.0 * abs(x))) * (1.0 + exp(-2.0 * abs(x))))";
 const SIGMOID: &str = "or_nan(x, 1.0 / (1.0 + exp(min(-x, 80.0))))";

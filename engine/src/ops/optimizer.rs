@@ -59,6 +59,7 @@ struct AdamWParams {
     quads: u32,
     grad_scale: f32,
     factors: Factors,
+    zero: f32,
 }
 
 /// What a step's kernels make of [`AdamW`].
@@ -155,7 +156,8 @@ pub fn adamw_step(
     assert_eq!(**norm_clip.shape(), [2], "adamw_step: norm and clip");
     // A buffer ends with a whole quad, so the last one needs no care.
     let quads = param.numel().div_ceil(4);
-    let params = AdamWParams { quads: quads as u32, grad_scale, factors: settings.factors() };
+    let factors = settings.factors();
+    let params = AdamWParams { quads: quads as u32, grad_scale, factors, zero: 0.0 };
     ADAMW.run(&params, &[grad, norm_clip], &[param, m, v], fold(quads.div_ceil(256)));
 }
 
