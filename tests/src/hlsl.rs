@@ -81,7 +81,8 @@ fn hlsl(
     let options = Options {
         shader_model,
         special_constants_binding: Some(BindTarget { space: 1, ..Default::default() }),
-        zero_initialize_workgroup_memory: kernel.checked,
+        // Zeros would be one store each; no kernel reads what it has not written, and in use none are asked for.
+        zero_initialize_workgroup_memory: false,
         restrict_indexing: kernel.checked,
         force_loop_bounding: kernel.checked,
         ..Default::default()
@@ -103,8 +104,17 @@ fn spirv(module: &Module, text: &str) -> Result<Vec<u32>, String> {
     let arguments = &module.entry_points[0].function.arguments;
     let Some(argument) = arguments.iter().find(is_count) else { return read_by_glslang(text) };
     let name = argument.name.as_deref().ok_or("the number of workgroups has no name")?;
-    let mut words = read_by_glslang(&with_parameter(text, name)?)?;
-    count_workgroups(&mut words, name)?;
+    // naga puts a number behind a name that occurs twice.
+    let parameters =
+        text.split("uint3 ").skip(1).filter_map(|rest| rest.split_once(" : SV_GroupID"));
+    let is_called = |parameter: &&str| {
+        let rest = parameter.strip_prefix(name).map(|rest| rest.trim_start_matches('_'));
+        rest.is_some_and(|rest| rest.chars().all(|c| c.is_ascii_digit()))
+    };
+    let parameter = parameters.map(|(parameter, _)| parameter).find(is_called);
+    let parameter = parameter.ok_or(format!("{name} is no parameter of main:\n{text}"))?;
+    let mut words = read_by_glslang(&with_parameter(text, parameter)?)?;
+    count_workgroups(&mut words, parameter)?;
     Ok(words)
 }
 
@@ -114,9 +124,6 @@ fn with_parameter(text: &str, name: &str) -> Result<String, String> {
     const VALUE: &str =
         "uint3(_NagaConstants.first_vertex, _NagaConstants.first_instance, _NagaConstants.other)";
     let unlike = |what: &str| format!("naga writes {what} otherwise now:\n{text}");
-    if !text.contains(&format!("uint3 {name} : SV_GroupID")) {
-        return Err(unlike("the parameters of main"));
-    }
     let used = text.replace(VALUE, name);
     let (start, rest) = used.split_once("struct NagaConstants {").ok_or(unlike("constants"))?;
     let (_, end) = rest.split_once("_NagaConstants: register(b0, space1);").ok_or(unlike("it"))?;
@@ -124,18 +131,19 @@ fn with_parameter(text: &str, name: &str) -> Result<String, String> {
     if text.contains("_NagaConstants") { Err(unlike("constants")) } else { Ok(text) }
 }
 
-/// `… = (T[2])0;`, which casts zero to an array, as `… = {(T)0,(T)0};`: glslang does not know the former.
+/// `T x[2] = (T[2])0;`, which casts zero to an array, as `T x[2] = {(T)0,(T)0};`: glslang does not know the cast.
 fn with_lists(line: &str) -> String {
     fn list(element: &str, extents: &[usize]) -> String {
         let Some((n, inner)) = extents.split_first() else { return format!("({element})0") };
         format!("{{{}}}", vec![list(element, inner); *n].join(","))
     }
-    let cast = line.split_once(" = (").and_then(|(start, rest)| {
-        let (element, extents) = rest.strip_suffix(")0;")?.split_once('[')?;
-        let extents = extents.strip_suffix(']')?.split("][").map(str::parse);
-        Some((start, list(element, &extents.collect::<Result<Vec<_>, _>>().ok()?)))
+    let written = line.split_once(" = (").and_then(|(start, rest)| {
+        let (element, extents) = rest.strip_suffix("])0;")?.split_once('[')?;
+        let sizes = extents.split("][").map(str::parse).collect::<Result<Vec<_>, _>>().ok()?;
+        let list = list(element, &sizes);
+        Some(format!("{start} = {list};"))
     });
-    cast.map_or_else(|| line.to_owned(), |(start, list)| format!("{start} = {list};"))
+    written.unwrap_or_else(|| line.to_owned())
 }
 
 fn read_by_glslang(text: &str) -> Result<Vec<u32>, String> {
