@@ -16,7 +16,7 @@ use demask_engine::gpu::source::hash;
 use naga::back::hlsl::{BindTarget, Options, ShaderModel, Writer};
 use naga::back::pipeline_constants::process_overrides;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use naga::{Binding, BuiltIn, FunctionArgument, Module, ShaderStage};
+use naga::{Module, ShaderStage};
 
 /// The folder that `DEMASK_HLSL` names, if the tests are to run that way.
 pub fn folder() -> Option<PathBuf> {
@@ -27,7 +27,7 @@ pub fn folder() -> Option<PathBuf> {
 pub fn translate(kernel: &Translation<'_>) -> Result<Vec<u32>, String> {
     let (module, info) = parse(kernel)?;
     let text = hlsl(kernel, &module, &info, ShaderModel::V6_2)?;
-    let words = spirv(&module, &text);
+    let words = spirv(&text);
     if let Some(folder) = folder() {
         keep(&folder, kernel, &module, &info, &text, &words)
             .map_err(|e| format!("{}: {e}", folder.display()))?;
@@ -97,38 +97,26 @@ fn hlsl(
     }
 }
 
-fn spirv(module: &Module, text: &str) -> Result<Vec<u32>, String> {
-    let is_count = |argument: &&FunctionArgument| {
-        argument.binding == Some(Binding::BuiltIn(BuiltIn::NumWorkGroups))
-    };
-    let arguments = &module.entry_points[0].function.arguments;
-    let Some(argument) = arguments.iter().find(is_count) else { return read_by_glslang(text) };
-    let name = argument.name.as_deref().ok_or("the number of workgroups has no name")?;
-    // naga puts a number behind a name that occurs twice.
-    let parameters =
-        text.split("uint3 ").skip(1).filter_map(|rest| rest.split_once(" : SV_GroupID"));
-    let is_called = |parameter: &&str| {
-        let rest = parameter.strip_prefix(name).map(|rest| rest.trim_start_matches('_'));
-        rest.is_some_and(|rest| rest.chars().all(|c| c.is_ascii_digit()))
-    };
-    let parameter = parameters.map(|(parameter, _)| parameter).find(is_called);
-    let parameter = parameter.ok_or(format!("{name} is no parameter of main:\n{text}"))?;
-    let mut words = read_by_glslang(&with_parameter(text, parameter)?)?;
-    count_workgroups(&mut words, parameter)?;
-    Ok(words)
-}
+/// A parameter of `main` in place of the constant buffer by which wgpu tells DirectX the number of workgroups.
+const COUNT: &str = "workgroup_count";
 
-/// DirectX has no name for the number of workgroups: wgpu passes it in a constant buffer, and what naga wrote has an
-/// unused parameter in its place, which is used here.
-fn with_parameter(text: &str, name: &str) -> Result<String, String> {
+fn spirv(text: &str) -> Result<Vec<u32>, String> {
     const VALUE: &str =
         "uint3(_NagaConstants.first_vertex, _NagaConstants.first_instance, _NagaConstants.other)";
-    let unlike = |what: &str| format!("naga writes {what} otherwise now:\n{text}");
-    let used = text.replace(VALUE, name);
-    let (start, rest) = used.split_once("struct NagaConstants {").ok_or(unlike("constants"))?;
-    let (_, end) = rest.split_once("_NagaConstants: register(b0, space1);").ok_or(unlike("it"))?;
-    let text = format!("{start}{end}");
-    if text.contains("_NagaConstants") { Err(unlike("constants")) } else { Ok(text) }
+    const BUFFER: [&str; 2] = ["struct NagaConstants {", "_NagaConstants: register(b0, space1);"];
+    if !text.contains(VALUE) {
+        return read_by_glslang(text);
+    }
+    let unlike = || format!("naga writes its constants otherwise now:\n{text}");
+    let (start, rest) = text.split_once(BUFFER[0]).ok_or_else(unlike)?;
+    let (_, end) = rest.split_once(BUFFER[1]).ok_or_else(unlike)?;
+    let text = format!("{start}{end}").replace(VALUE, COUNT);
+    // HLSL has no name for it: the position's name makes an input, which SPIR-V then calls by its own.
+    let (start, end) = text.split_once("void main(").ok_or_else(unlike)?;
+    let mut words =
+        read_by_glslang(&format!("{start}void main(uint3 {COUNT} : SV_GroupID, {end}"))?;
+    count_workgroups(&mut words, COUNT)?;
+    Ok(words)
 }
 
 /// `T x[2] = (T[2])0;`, which casts zero to an array, as `T x[2] = {(T)0,(T)0};`: glslang does not know the cast.
