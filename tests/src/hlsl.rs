@@ -136,7 +136,7 @@ fn with_lists(line: &str) -> String {
 
 fn read_by_glslang(text: &str) -> Result<Vec<u32>, String> {
     let mut text = text.lines().map(|line| with_lists(line) + "\n").collect::<String>();
-    // glslang 12 folds `return (float4x4)0;` to infinities.
+    // In embedding_backward glslang 12 makes infinities of `(float4x4)0`.
     for (rows, columns) in (2..=4).flat_map(|rows| (2..=4).map(move |columns| (rows, columns))) {
         let matrix = format!("float{rows}x{columns}");
         let zeros = vec!["0.0"; rows * columns].join(",");
