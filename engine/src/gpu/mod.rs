@@ -36,7 +36,7 @@ const PARAMS_SLOT: usize = 256;
 /// Dispatches in one batch. Small enough that the device starts early, large enough that submits stay rare.
 const BATCH: usize = 128;
 
-/// What a [`Translator`] needs of a device.
+/// What a [`Translator`] needs of a device, in place of cooperative matrices: other languages have none.
 const PASSTHROUGH: wgpu::Features = wgpu::Features::PASSTHROUGH_SHADERS;
 
 /// How to open a device.
@@ -124,8 +124,7 @@ impl Gpu {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("demask"),
             required_features: (entry.features - wgpu::Features::all_experimental_mask())
-                | coop
-                | options.translator.map_or(wgpu::Features::empty(), |_| PASSTHROUGH),
+                | options.translator.map_or(coop, |_| PASSTHROUGH),
             required_limits: limits,
             // SAFETY: the one experimental feature asked for, cooperative matrices, is used by no kernel that
             // has not passed its self-test on this device.
