@@ -25,8 +25,8 @@ cd "$folder"
 status=0
 # Paths of Unix are drive Z there; the compilers lie beside the program, before Wine's own.
 (cd "$sources" && WINEDLLOVERRIDES="d3dcompiler_47=n;$WINEDLLOVERRIDES" xargs -n 40 "$wine" "$folder/microsoft.exe" \
-    "Z:$folder/d3dcompiler_47.dll" "Z:$folder/dxcompiler.dll" < <(ls -- *.hlsl)) | tr -d '\r' > said || status=$?
-cat said
+    "Z:$folder/d3dcompiler_47.dll" "Z:$folder/dxcompiler.dll" < <(ls -- *.hlsl)) > raw || status=$?
+tr -d '\r' < raw | tee said
 [ "$status" -le 1 ] || [ "$status" = 123 ] || die "the compilers did not run (status $status)"
 echo "$(grep -c '	ok	' said || true) compiled, $(grep -c '	refused	' said || true) refused"
 [ -s said ] && ! grep -q '	refused	' said

@@ -16,7 +16,7 @@ use demask_engine::gpu::source::hash;
 use naga::back::hlsl::{BindTarget, Options, ShaderModel, Writer};
 use naga::back::pipeline_constants::process_overrides;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use naga::{Binding, BuiltIn, FunctionArgument, Module, ShaderStage};
+use naga::{Module, ShaderStage};
 
 /// The folder that `DEMASK_HLSL` names, if the tests are to run that way.
 pub fn folder() -> Option<PathBuf> {
@@ -27,7 +27,7 @@ pub fn folder() -> Option<PathBuf> {
 pub fn translate(kernel: &Translation<'_>) -> Result<Vec<u32>, String> {
     let (module, info) = parse(kernel)?;
     let text = hlsl(kernel, &module, &info, ShaderModel::V6_2)?;
-    let words = spirv(&module, &text);
+    let words = spirv(&text);
     if let Some(folder) = folder() {
         keep(&folder, kernel, &module, &info, &text, &words)
             .map_err(|e| format!("{}: {e}", folder.display()))?;
@@ -81,7 +81,8 @@ fn hlsl(
     let options = Options {
         shader_model,
         special_constants_binding: Some(BindTarget { space: 1, ..Default::default() }),
-        zero_initialize_workgroup_memory: kernel.checked,
+        // Zeros would be one store each; no kernel reads what it has not written, and in use none are asked for.
+        zero_initialize_workgroup_memory: false,
         restrict_indexing: kernel.checked,
         force_loop_bounding: kernel.checked,
         ..Default::default()
@@ -96,50 +97,51 @@ fn hlsl(
     }
 }
 
-fn spirv(module: &Module, text: &str) -> Result<Vec<u32>, String> {
-    let is_count = |argument: &&FunctionArgument| {
-        argument.binding == Some(Binding::BuiltIn(BuiltIn::NumWorkGroups))
-    };
-    let arguments = &module.entry_points[0].function.arguments;
-    let Some(argument) = arguments.iter().find(is_count) else { return read_by_glslang(text) };
-    let name = argument.name.as_deref().ok_or("the number of workgroups has no name")?;
-    let mut words = read_by_glslang(&with_parameter(text, name)?)?;
-    count_workgroups(&mut words, name)?;
+/// A parameter of `main` in place of the constant buffer by which wgpu tells DirectX the number of workgroups.
+const COUNT: &str = "workgroup_count";
+
+fn spirv(text: &str) -> Result<Vec<u32>, String> {
+    const VALUE: &str =
+        "uint3(_NagaConstants.first_vertex, _NagaConstants.first_instance, _NagaConstants.other)";
+    const BUFFER: [&str; 2] = ["struct NagaConstants {", "_NagaConstants: register(b0, space1);"];
+    if !text.contains(VALUE) {
+        return read_by_glslang(text);
+    }
+    let unlike = || format!("naga writes its constants otherwise now:\n{text}");
+    let (start, rest) = text.split_once(BUFFER[0]).ok_or_else(unlike)?;
+    let (_, end) = rest.split_once(BUFFER[1]).ok_or_else(unlike)?;
+    let text = format!("{start}{end}").replace(VALUE, COUNT);
+    // HLSL has no name for it: the position's name makes an input, which SPIR-V then calls by its own.
+    let (start, end) = text.split_once("void main(").ok_or_else(unlike)?;
+    let mut words =
+        read_by_glslang(&format!("{start}void main(uint3 {COUNT} : SV_GroupID, {end}"))?;
+    count_workgroups(&mut words, COUNT);
     Ok(words)
 }
 
-/// DirectX has no name for the number of workgroups: wgpu passes it in a constant buffer, and what naga wrote has an
-/// unused parameter in its place, which is used here.
-fn with_parameter(text: &str, name: &str) -> Result<String, String> {
-    const VALUE: &str =
-        "uint3(_NagaConstants.first_vertex, _NagaConstants.first_instance, _NagaConstants.other)";
-    let unlike = |what: &str| format!("naga writes {what} otherwise now:\n{text}");
-    if !text.contains(&format!("uint3 {name} : SV_GroupID")) {
-        return Err(unlike("the parameters of main"));
-    }
-    let used = text.replace(VALUE, name);
-    let (start, rest) = used.split_once("struct NagaConstants {").ok_or(unlike("constants"))?;
-    let (_, end) = rest.split_once("_NagaConstants: register(b0, space1);").ok_or(unlike("it"))?;
-    let text = format!("{start}{end}");
-    if text.contains("_NagaConstants") { Err(unlike("constants")) } else { Ok(text) }
-}
-
-/// `… = (T[2])0;`, which casts zero to an array, as `… = {(T)0,(T)0};`: glslang does not know the former.
+/// `T x[2] = (T[2])0;`, which casts zero to an array, as `T x[2] = {(T)0,(T)0};`: glslang does not know the cast.
 fn with_lists(line: &str) -> String {
     fn list(element: &str, extents: &[usize]) -> String {
         let Some((n, inner)) = extents.split_first() else { return format!("({element})0") };
         format!("{{{}}}", vec![list(element, inner); *n].join(","))
     }
-    let cast = line.split_once(" = (").and_then(|(start, rest)| {
-        let (element, extents) = rest.strip_suffix(")0;")?.split_once('[')?;
-        let extents = extents.strip_suffix(']')?.split("][").map(str::parse);
-        Some((start, list(element, &extents.collect::<Result<Vec<_>, _>>().ok()?)))
+    let written = line.split_once(" = (").and_then(|(start, rest)| {
+        let (element, extents) = rest.strip_suffix("])0;")?.split_once('[')?;
+        let sizes = extents.split("][").map(str::parse).collect::<Result<Vec<_>, _>>().ok()?;
+        let list = list(element, &sizes);
+        Some(format!("{start} = {list};"))
     });
-    cast.map_or_else(|| line.to_owned(), |(start, list)| format!("{start} = {list};"))
+    written.unwrap_or_else(|| line.to_owned())
 }
 
 fn read_by_glslang(text: &str) -> Result<Vec<u32>, String> {
-    let text = text.lines().map(|line| with_lists(line) + "\n").collect::<String>();
+    let mut text = text.lines().map(|line| with_lists(line) + "\n").collect::<String>();
+    // In embedding_backward glslang 12 makes infinities of `(float4x4)0`.
+    for (rows, columns) in (2..=4).flat_map(|rows| (2..=4).map(move |columns| (rows, columns))) {
+        let matrix = format!("float{rows}x{columns}");
+        let zeros = vec!["0.0"; rows * columns].join(",");
+        text = text.replace(&format!("({matrix})0"), &format!("{matrix}({zeros})"));
+    }
     let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
     let (source, target) = (folder.path().join("kernel.hlsl"), folder.path().join("kernel.spv"));
     fs::write(&source, text).map_err(|e| e.to_string())?;
@@ -159,7 +161,8 @@ fn read_by_glslang(text: &str) -> Result<Vec<u32>, String> {
 }
 
 /// Makes the input variable `name`, which HLSL could only call the workgroup's position, the number of workgroups.
-fn count_workgroups(words: &mut [u32], name: &str) -> Result<(), String> {
+/// glslang leaves it out where it is read and not used.
+fn count_workgroups(words: &mut [u32], name: &str) {
     const NAME: u32 = 5;
     const DECORATE: u32 = 71;
     /// Decoration `BuiltIn`, value `WorkgroupId`.
@@ -180,11 +183,10 @@ fn count_workgroups(words: &mut [u32], name: &str) -> Result<(), String> {
             }
         } else if code == DECORATE && named.contains(id) && *operands == WORKGROUP_ID {
             operands[1] = NUM_WORKGROUPS;
-            return Ok(());
+            return;
         }
         at += length;
     }
-    Err(format!("no input variable {name} in glslang's SPIR-V"))
 }
 
 #[cfg(test)]
@@ -208,8 +210,10 @@ mod tests {
         let decorate = |id: u32| [4 << 16 | 71, id, 11, 26];
         let body = [&name(7, b"wid\0")[..], &name(8, b"n\0\0\0"), &decorate(7), &decorate(8)];
         let mut words = [&[0; 5][..], &body.concat()].concat();
-        assert_eq!(count_workgroups(&mut words, "n"), Ok(()));
+        count_workgroups(&mut words, "n");
         assert_eq!(words[words.len() - 5..], [26, 4 << 16 | 71, 8, 11, 24]);
-        assert!(count_workgroups(&mut words, "m").is_err());
+        let before = words.clone();
+        count_workgroups(&mut words, "m");
+        assert_eq!(words, before);
     }
 }

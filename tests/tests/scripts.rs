@@ -85,7 +85,7 @@ const SHELL: &[(&str, &[&str], &str)] = &[
     ("benches/training-ablations.sh", &["MODEL", "DATASET", "OUT"], "jq"),
     ("tests/hlsl/microsoft.sh", &[], "npm"),
     ("tests/hlsl/run.sh", &[], "glslangValidator"),
-    ("trainer/corpora/six-languages/fetch.sh", &["OUT"], "python3"),
+    ("trainer/corpora/six-languages/fetch.sh", &["OUT"], "cargo"),
     ("trainer/corpora/six-languages/make.sh", &["OUT"], "demask"),
 ];
 /// Installs what it misses; started by another program.
@@ -103,7 +103,7 @@ fn shell_scripts_name_the_tools_that_they_miss() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let bin = folder.path().join("bin");
     fs::create_dir(&bin).expect("a folder");
-    let usual = "bash cat chmod cp dirname env grep id ls mkdir mktemp mv nproc realpath rm sed sort tee tr uname";
+    let usual = "bash cat chmod cp dirname env grep id ls mkdir mktemp mv nproc realpath rm sed sha256sum sort tee tr uname";
     for tool in usual.split(' ') {
         let places = ["/usr/bin", "/bin"].map(|place| Path::new(place).join(tool));
         if let Some(place) = places.iter().find(|place| place.exists()) {

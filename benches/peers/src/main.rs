@@ -47,7 +47,7 @@ struct Options {
     /// Hugging Face folder or GGUF file for `step`; random weights of the same shape if not given
     #[arg(long, global = true)]
     model: Option<PathBuf>,
-    /// Folder with f16.gguf and q4.gguf for `decode`, and for files made on the way; prepare.sh fills it
+    /// Folder with the GGUF files of `decode`, and for files made on the way; prepare.sh fills it
     #[arg(long, global = true, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/.cache"))]
     cache: PathBuf,
     /// A program put before those that use the GPU, for example one that selects another driver

@@ -192,9 +192,8 @@ fn reference(work: &Work, programs: &Programs, rules: &Rules) -> Known {
     }
     eprintln!("{}: {} answers", work.name(), Peer::LlamaF32.name());
     let started = Running::start(Peer::LlamaF32, work, programs, rules.patience);
-    let results = started.and_then(|(mut running, _)| {
-        running.results().map_err(|e| Out::Failed(e.to_string()))
-    });
+    let results = started
+        .and_then(|(mut running, _)| running.results().map_err(|e| Out::Failed(e.to_string())));
     match results {
         Ok(results) => Known::Results(results),
         Err(Out::Skipped(why) | Out::Failed(why)) => {
@@ -280,9 +279,8 @@ fn parting(reference: &Results, results: &Results, tolerance: f64) -> Verdict {
         Some(width) if width > 0 => likely.chunks(width).nth(at).unwrap_or(&[]).chunks(2).collect(),
         _ => Vec::new(),
     };
-    let of = |token: Option<&f64>| {
-        pairs.iter().find(|pair| Some(&pair[0]) == token).map(|pair| pair[1])
-    };
+    let of =
+        |token: Option<&f64>| pairs.iter().find(|pair| Some(&pair[0]) == token).map(|pair| pair[1]);
     let margin = match (of(expected.get(at)), of(found.get(at))) {
         (Some(own), Some(other)) => own - other,
         _ => f64::INFINITY,
@@ -325,6 +323,6 @@ mod tests {
         let unlikely = Verdict::Parts { at: 2, margin: f64::INFINITY, agrees: false };
         assert_eq!(parts(&[5.0, 6.0, 8.0]), unlikely);
         assert_eq!(parts(&[5.0, 6.0]), unlikely);
-        assert_eq!(parting(&Vec::new(), &Vec::new(), 0.25).is_good(), false);
+        assert!(!parting(&Vec::new(), &Vec::new(), 0.25).is_good());
     }
 }

@@ -38,7 +38,7 @@ const PARAMS_SLOT: usize = 256;
 /// Dispatches in one batch. Small enough that the device starts early, large enough that submits stay rare.
 const BATCH: usize = 128;
 
-/// What a [`Translator`] needs of a device.
+/// What a [`Translator`] needs of a device, in place of cooperative matrices: other languages have none.
 const PASSTHROUGH: wgpu::Features = wgpu::Features::PASSTHROUGH_SHADERS;
 
 /// How to open a device.
@@ -120,7 +120,11 @@ impl Gpu {
         let named = options.adapter.clone().or_else(|| std::env::var(ADAPTER_ENV).ok());
         let named = named.as_deref().filter(|n| !n.is_empty());
         let mut entry = adapter::choose(adapter::candidates(named).await, named)?;
-        let needed = options.translator.map_or(wgpu::Features::empty(), |_| PASSTHROUGH);
+        let mut needed = wgpu::Features::empty();
+        if options.translator.is_some() {
+            needed |= PASSTHROUGH;
+            entry.features.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        }
         let (device, queue) = open::open(&mut entry, needed).await?;
         Ok(Self::from_device(entry, options, device, queue))
     }
