@@ -6,7 +6,8 @@
 folder/cases.json holds one entry a case: the folder of the model ("base" of this file, with other fields in its
 config.json and other tensors beside), the adapter over it, token ids, and each token's log-probability given those
 before it, in float32. Rope cases have a greedy continuation beyond the original context too, by transformers' cache of
-keys, up to the first token whose lead over the next one is below 1e-3. Made with torch 2.15 (CPU), transformers 5.24.0, peft 0.21.2.
+keys, up to the first token whose lead over the next one is below 1e-3. Made with torch 2.15 (CPU), transformers 5.24.0,
+peft 0.21.2.
 """
 import json
 import os

@@ -1,9 +1,9 @@
 //! A conversation as the text of its chat template, and which parts of it the assistant wrote.
 //!
 //! Where the template says so itself, by `{% generation %}`, that is taken. Else an assistant's turn is what its text
-//! has more than the text before it with the turn begun. Two kinds of templates make this harder: those whose begun turn
-//! goes on otherwise than a finished one (`<think>` that an answer of the past has not), and those that print a turn in
-//! another way once others follow (without its reasoning). There the turn is found by its content.
+//! has more than the text before it with the turn begun. Two kinds of templates make this harder: those whose begun
+//! turn goes on otherwise than a finished one (`<think>` that an answer of the past has not), and those that print a
+//! turn in another way once others follow (without its reasoning). There the turn is found by its content.
 
 use std::ops::Range;
 

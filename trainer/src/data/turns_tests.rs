@@ -1,3 +1,5 @@
+//! What the assistant wrote, under templates of every kind.
+
 use demask_engine::model::CHATML;
 
 use super::*;

@@ -47,8 +47,8 @@ pub(super) fn pieces(template: &str) -> Result<Vec<Piece<'_>>, Refused> {
     while let Some(found) = template[at..].find("{").map(|i| at + i) {
         let rest = &template[found..];
         let refused = |message: &str| Refused { line: line_of(found), message: message.to_owned() };
-        if rest.starts_with("{#") {
-            let end = rest[2..].find("#}").ok_or_else(|| refused("a comment has no end"))?;
+        if let Some(comment) = rest.strip_prefix("{#") {
+            let end = comment.find("#}").ok_or_else(|| refused("a comment has no end"))?;
             at = found + 2 + end + 2;
         } else if let Some(begun) = simple_tag(rest, "raw") {
             let mut inside = found + begun;
@@ -109,12 +109,12 @@ fn tag(text: &str, line: usize) -> Result<(Tag<'_>, usize), Refused> {
         let Some(c) = rest.chars().next() else {
             return Err(refused("a tag has no end".into()));
         };
-        if depth == 0 {
-            if let Some(close) = ends.iter().find(|&&end| rest.starts_with(end)) {
-                let close = &rest[..close.len()];
-                let lines = text[..at].matches('\n').count();
-                return Ok((Tag { open, close, tokens, lines, line }, at + close.len()));
-            }
+        if depth == 0
+            && let Some(close) = ends.iter().find(|&&end| rest.starts_with(end))
+        {
+            let close = &rest[..close.len()];
+            let lines = text[..at].matches('\n').count();
+            return Ok((Tag { open, close, tokens, lines, line }, at + close.len()));
         }
         let length = if c.is_whitespace() {
             c.len_utf8()
@@ -270,7 +270,7 @@ fn unescape(text: &str) -> Result<String, String> {
                 out.push('\\');
                 out.push_str(&match code {
                     0..0x100 => format!("x{code:02x}"),
-                    0..0x1_0000 => format!("u{code:04x}"),
+                    0x100..0x1_0000 => format!("u{code:04x}"),
                     _ => format!("U{code:08x}"),
                 });
             }

@@ -138,7 +138,7 @@ fn text_method(s: &str, name: &str, arguments: &Arguments) -> Result<Value> {
         "isalnum" => is(char::is_alphanumeric),
         "isalpha" => is(char::is_alphabetic),
         "isascii" => none().map(|_| Value::from(s.is_ascii())),
-        "isdecimal" | "isdigit" => is(|c| c.is_numeric() && c.to_digit(10).is_some()),
+        "isdecimal" | "isdigit" => is(|c| c.is_ascii_digit()),
         "isnumeric" => is(char::is_numeric),
         "isspace" => is(is_space),
         "isprintable" => none().map(|_| Value::from(s.chars().all(is_printable))),
@@ -148,11 +148,9 @@ fn text_method(s: &str, name: &str, arguments: &Arguments) -> Result<Value> {
         }),
         "islower" | "isupper" => {
             none()?;
-            let (wanted, other): (fn(char) -> bool, fn(char) -> bool) = match name {
-                "islower" => (char::is_lowercase, char::is_uppercase),
-                _ => (char::is_uppercase, char::is_lowercase),
-            };
-            Ok(Value::from(s.chars().any(wanted) && !s.chars().any(other)))
+            let (lower, upper) =
+                (s.chars().any(char::is_lowercase), s.chars().any(char::is_uppercase));
+            Ok(Value::from(if name == "islower" { lower && !upper } else { upper && !lower }))
         }
         "istitle" => {
             none().map(|_| Value::from(s.chars().any(char::is_alphabetic) && title(s) == s))

@@ -1,3 +1,5 @@
+//! Chat templates: what the goldens of transformers do not hold.
+
 use serde_json::{Value, json};
 
 use super::*;

@@ -306,7 +306,7 @@ impl Settings {
             }
         }
         let rank = |field: &str, value: f64| {
-            let whole = value >= 1.0 && value <= 1e6 && value.fract() == 0.0;
+            let whole = (1.0..=1e6).contains(&value) && value.fract() == 0.0;
             whole
                 .then_some(value as usize)
                 .ok_or_else(|| fail(format!("{field} is no positive number: {value}")))

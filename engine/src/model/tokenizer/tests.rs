@@ -215,7 +215,8 @@ fn stories_round_trip() {
     let ids: Vec<u32> = serde_json::from_value(golden["ids"].clone()).unwrap();
     let text = tokenizer.decode(&ids, true);
     assert!(text.starts_with("Once upon a time, there was a little girl"), "{text}");
-    assert_eq!(tokenizer.encode(&text, true).unwrap(), ids);
+    // Its tokenizer.json adds nothing, and beside one add_bos_token counts for nothing in transformers 5.
+    assert_eq!(tokenizer.encode(&text, true).unwrap(), ids[1..]);
 }
 
 /// The table that transformers itself filled in (`tests/golden/generate_ends.py`).
