@@ -11,10 +11,14 @@ Made with transformers 5.24.0, Jinja2 3.1.6.
 """
 import json
 import os
+import sys
 
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+try:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils.chat_template_utils import render_jinja_template
+except ImportError as missing:
+    sys.exit(f"generate_chat.py: {missing}; pip install tokenizers transformers jinja2")
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "chat")
 CALL = {"type": "function", "id": "abcdefghi",

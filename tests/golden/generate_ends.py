@@ -11,10 +11,13 @@ import subprocess
 import sys
 import tempfile
 
-import gguf
-import torch
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+try:
+    import gguf
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+except ImportError as missing:
+    sys.exit(f"generate_ends.py: {missing}; pip install gguf torch tokenizers transformers")
 
 HERE = pathlib.Path(__file__).parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -13,9 +13,12 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
-from gguf import GGMLQuantizationType as T
-from gguf import GGUFReader, GGUFWriter, quants
+try:
+    import numpy as np
+    from gguf import GGMLQuantizationType as T
+    from gguf import GGUFReader, GGUFWriter, quants
+except ImportError as missing:
+    sys.exit(f"generate_gguf.py: {missing}; pip install gguf numpy")
 
 HERE = Path(__file__).parent
 VOCAB, HEADS, KV_HEADS, HEAD_DIM, EPS, THETA = 24, 2, 1, 16, 1e-5, 10000.0

@@ -10,11 +10,15 @@ node-llama-cpp (splitting.mjs). Needs gguf 0.19, tokenizers 0.23 and node-llama-
 
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-from gguf import GGUFWriter, TokenType
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+try:
+    from gguf import GGUFWriter, TokenType
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+except ImportError as missing:
+    sys.exit(f"generate_splitting.py: {missing}; pip install gguf tokenizers")
 
 HERE = Path(__file__).parent
 # None: the key is missing.

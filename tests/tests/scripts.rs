@@ -79,17 +79,19 @@ const SHELL: &[(&str, &[&str], &str)] = &[
     (".ci/release", &[], "cargo"),
     (".ci/run", &[], "cargo"),
     ("benches/gate-trial.sh", &[], "perl"),
+    ("benches/gpu-carried.sh", &["pack"], "cargo"),
     ("benches/gpu.sh", &["OUT"], "cargo"),
     ("benches/peers/prepare.sh", &[], "npm"),
     ("benches/plan-trial.sh", &[], "jq"),
+    ("benches/start-time.sh", &["MODEL", "BASE", "HEAD"], "python3"),
     ("benches/training-ablations.sh", &["MODEL", "DATASET", "OUT"], "jq"),
     ("tests/hlsl/microsoft.sh", &[], "npm"),
     ("tests/hlsl/run.sh", &[], "glslangValidator"),
     ("trainer/corpora/six-languages/fetch.sh", &["OUT"], "cargo"),
     ("trainer/corpora/six-languages/make.sh", &["OUT"], "demask"),
 ];
-/// Installs what it misses; started by another program.
-const NOT_RUN: &[&str] = &[".ci/setup", "benches/peers/node_under_runner.sh"];
+/// Installs or fetches what it misses; started by another program.
+const NOT_RUN: &[&str] = &[".ci/setup", ".ci/swiftshader", "benches/peers/node_under_runner.sh"];
 
 #[test]
 fn shell_scripts_name_the_tools_that_they_miss() {

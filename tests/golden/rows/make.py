@@ -2,10 +2,14 @@
 """Writes the data files of this folder as pyarrow 26 and datasets 5.2 write what people have: python make.py."""
 import json
 import pathlib
+import sys
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+try:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as missing:
+    sys.exit(f"make.py: {missing}; pip install datasets pyarrow")
 
 HERE = pathlib.Path(__file__).parent
 TEXT = pa.string()
