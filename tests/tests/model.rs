@@ -457,7 +457,8 @@ fn stories260k_tokenizer_fits_its_weights() {
     let (config, _) = Weights::open(&folder).unwrap();
     let tokenizer = Tokenizer::for_model(&folder, &config).unwrap();
     let ids = tokenizer.encode("Once upon a time", true).unwrap();
-    assert_eq!(ids[..2], [1, 403]);
+    // As transformers 5 does, whose files add a beginning by their post-processor or not at all.
+    assert_eq!(ids[..2], [403, 407]);
     let smaller = LlamaConfig { vocab_size: 500, ..config };
     assert!(Tokenizer::for_model(&folder, &smaller).is_err());
 }
