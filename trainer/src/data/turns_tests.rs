@@ -4,11 +4,11 @@ use demask_engine::model::CHATML;
 
 use super::*;
 
-const GENERATION: &str =
-    include_str!("../../../tests/golden/chat/templates/chatml-generation.jinja");
-const OPENED_THINK: &str = include_str!("../../../tests/golden/chat/templates/opened-think.jinja");
-const THINKING: &str = include_str!("../../../tests/golden/chat/templates/thinking.jinja");
-const TOOL_TAGS: &str = include_str!("../../../tests/golden/chat/templates/tool-tags.jinja");
+/// A template of those that are held against transformers.
+fn golden(name: &str) -> String {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/chat/templates");
+    std::fs::read_to_string(format!("{folder}/{name}.jinja")).unwrap()
+}
 
 fn template(text: &str) -> ChatTemplate {
     ChatTemplate::new(text, &json!({"bos_token": "<s>", "eos_token": "</s>"})).unwrap()
@@ -49,12 +49,12 @@ fn turns_are_what_the_assistant_wrote_and_its_end() {
 #[test]
 fn a_begun_turn_may_go_on_otherwise_than_a_finished_one() {
     let expected = "<s><User>A?<Assistant>[a.</s>]<User>B?<Assistant>[b.</s>]";
-    assert_eq!(shown(OPENED_THINK, &two_turns(), 0), expected);
+    assert_eq!(shown(&golden("opened-think"), &two_turns(), 0), expected);
     // Both `<think>` of the begun turn and this answer begin alike.
     let alike = [said("user", "A?"), said("assistant", "<thin")];
-    assert_eq!(shown(OPENED_THINK, &alike, 0), "<s><User>A?<Assistant>[<thin</s>]");
+    assert_eq!(shown(&golden("opened-think"), &alike, 0), "<s><User>A?<Assistant>[<thin</s>]");
     let thought = [said("user", "A?"), said("assistant", "<think>\nhm\n</think>\nb")];
-    assert_eq!(shown(OPENED_THINK, &thought, 0), "<s><User>A?<Assistant>[\nb</s>]");
+    assert_eq!(shown(&golden("opened-think"), &thought, 0), "<s><User>A?<Assistant>[\nb</s>]");
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn a_turn_may_be_printed_in_another_way_once_others_follow() {
     messages[3]["reasoning_content"] = "so".into();
     let expected = "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n[a.<|im_end|>\n]<|im_start|>user\nB?<|im_end|>\n\
         <|im_start|>assistant\n[<think>\nso\n</think>\n\nb.<|im_end|>\n]";
-    assert_eq!(shown(THINKING, &messages, 0), expected);
+    assert_eq!(shown(&golden("thinking"), &messages, 0), expected);
 }
 
 #[test]
@@ -82,10 +82,10 @@ fn calls_of_tools_are_learnt_and_their_results_are_not() {
          <|im_end|>\n]<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n\
          [It is 7.<|im_end|>\n]"
     );
-    assert_eq!(shown(TOOL_TAGS, &messages, 0), expected);
+    assert_eq!(shown(&golden("tool-tags"), &messages, 0), expected);
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     let told = options(json!({"tools": tools}).as_object().unwrap()).unwrap();
-    let parts = parts(&template(TOOL_TAGS), &messages, 0, &told).unwrap();
+    let parts = parts(&template(&golden("tool-tags")), &messages, 0, &told).unwrap();
     assert!(
         parts[0].text.contains(
             "<tools>\n{\"type\": \"function\", \"function\": {\"name\": \"f\"}}\n</tools>"
@@ -98,9 +98,9 @@ fn a_template_may_say_itself_what_is_learnt() {
     let messages = two_turns();
     let expected = "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n[a.<|im_end|>]\n<|im_start|>user\nB?<|im_end|>\n\
         <|im_start|>assistant\n[b.<|im_end|>]";
-    assert_eq!(shown(GENERATION, &messages, 0), expected);
+    assert_eq!(shown(&golden("chatml-generation"), &messages, 0), expected);
     assert_eq!(
-        shown(GENERATION, &messages, 2),
+        shown(&golden("chatml-generation"), &messages, 2),
         expected.replacen("[a.<|im_end|>]", "a.<|im_end|>", 1)
     );
 }
