@@ -57,6 +57,8 @@ fn has_nothing_to_break(case: &Case) -> bool {
     names.contains(&case.name.as_str())
         || case.name.starts_with("gather 0 rows")
         || case.name.contains("shards [1] ")
+        // Moments depend on the gradient alone, of which the norm tells.
+        || case.name.starts_with("adamw8 mean")
         || case.inputs.iter().any(|input| input.shape().numel() == 0)
         || case.inputs.iter().all(|input| matches!(input, Input::Integers(..)))
 }
