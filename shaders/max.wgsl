@@ -13,11 +13,12 @@ struct Params { n: u32, extent: u32, inner: u32 }
 var<workgroup> keys: array<u32, 256>;
 var<workgroup> places: array<u32, 256>;
 
-// Bits in the order of the numbers, so that no driver's way with NaN counts.
+// Bits in the order of the numbers, so that no driver's way with NaN counts. Both zeros are one.
 fn key(x: f32) -> u32 {
     let bits = bitcast<u32>(x);
-    let ordered = select(bits | 0x80000000u, ~bits, (bits >> 31u) == 1u);
-    return select(ordered, 0xffffffffu, (bits & 0x7fffffffu) > 0x7f800000u);
+    let size = bits & 0x7fffffffu;
+    let ordered = select(size | 0x80000000u, ~bits, (bits >> 31u) == 1u && size != 0u);
+    return select(ordered, 0xffffffffu, size > 0x7f800000u);
 }
 
 @compute @workgroup_size(256)
