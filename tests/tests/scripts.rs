@@ -85,6 +85,7 @@ const SHELL: &[(&str, &[&str], &str)] = &[
     ("benches/plan-trial.sh", &[], "jq"),
     ("benches/start-time.sh", &["MODEL", "BASE", "HEAD"], "python3"),
     ("benches/training-ablations.sh", &["MODEL", "DATASET", "OUT"], "jq"),
+    ("findings/add_bos_token_beside_tokenizer_json.sh", &[], "python3"),
     ("tests/hlsl/microsoft.sh", &[], "npm"),
     ("tests/hlsl/run.sh", &[], "glslangValidator"),
     ("trainer/corpora/six-languages/fetch.sh", &["OUT"], "cargo"),
